@@ -1,0 +1,58 @@
+"""The `megaboat` command: a table of subcommands, each a module of `megaboat.tools`, imported when it is called."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megaboat import __version__
+from megaboat.errors import MegaboatError
+
+# Each module offers add_arguments(parser) and run(args) -> exit code or None.
+COMMANDS = {
+    "train": ("megaboat.tools.train", "train a model; resumes by itself when the run folder holds a checkpoint"),
+    "eval": ("megaboat.tools.evaluate", "nll, perplexity and bits per byte of a run, domain by domain"),
+    "data": ("megaboat.tools.data", "prepare, verify and describe token shards"),
+    "tokenizer": ("megaboat.tools.tokenizer", "train a sentencepiece tokenizer"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The top parser: global options and the list of commands; a command's own options come with its module."""
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="megaboat",
+        description="Train SeqBoat language models: attention only for the tokens that need it.",
+        epilog=f"commands:\n{listing}\n\n'megaboat COMMAND --help' explains one command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megaboat {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 bad input, 3 damaged data, 4 diverged, 130 interrupted."""
+    chosen = build_parser().parse_args(argv)
+    module = importlib.import_module(COMMANDS[chosen.command][0])
+    parser = argparse.ArgumentParser(
+        prog=f"megaboat {chosen.command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    arguments = parser.parse_args(chosen.arguments)
+    try:
+        return module.run(arguments) or 0
+    except MegaboatError as error:
+        print(f"megaboat {chosen.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"megaboat {chosen.command}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""YAML and `section.key=value` overrides to typed sections; unknown keys are refused with a suggestion.
+
+A section is a small pydantic model that stands beside the code it configures; `engine/run_config.py` composes
+them. Precedence: defaults < YAML file < command line.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from megaboat.errors import BadInput
+
+
+class Section(pydantic.BaseModel):
+    """A group of options: typed, immutable, closed to unknown keys."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load_config(kind: type[S], path: Path | str | None, overrides: list[str] | tuple[str, ...] = ()) -> S:
+    """Read `path` (YAML; None: defaults only), apply `section.key=value` overrides, check types and names.
+
+    Raises BadInput with one line that names the file or override, the key and what was expected.
+    """
+    tree = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_config(kind, tree, origin=str(path) if path else "the command line")
+
+
+def build_config(kind: type[S], tree: dict[str, Any], origin: str) -> S:
+    """A checked section from a plain dictionary; `origin` names the source in messages."""
+    try:
+        return kind.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise BadInput(f"{origin}: {_explain(kind, error.errors()[0])}") from None
+
+
+def dump_config(config: Section, path: Path) -> None:
+    """Write every resolved value, so that the file alone reproduces the run."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadInput(f"{path}: no such config file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise BadInput(f"override {override!r}: expected section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise BadInput(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise BadInput(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _explain(kind: type[Section], error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] != "extra_forbidden":
+        given = f" (given: {error['input']!r})" if location and not isinstance(error["input"], dict) else ""
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{key + ': ' if key else ''}{message}{given}"
+    known = _names_at(kind, location[:-1])
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _names_at(kind: type[Section], parents: list[str]) -> list[str]:
+    """Field names of the section found by walking `parents` down from `kind`."""
+    for parent in parents:
+        child = kind.model_fields[parent].annotation
+        if not (isinstance(child, type) and issubclass(child, Section)):
+            return []
+        kind = child
+    return list(kind.model_fields)

@@ -1,0 +1,40 @@
+"""Package metadata and dependencies. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="megaboat",
+    version="0.1.0",
+    description="Distributed training of SeqBoat language models: sparse modular activation at scale",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megaboat", "megaboat.*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "numpy>=1.26",
+        "pydantic>=2.7,<3",
+        "pyyaml>=6",
+        "sentencepiece>=0.2.1",
+        "zstandard>=0.22",
+        "webdataset>=1.0.2,<2",
+        "safetensors>=0.5",
+        "transformers>=5,<6",
+        "tensorboard>=2.18",
+        "matplotlib>=3.8",
+        "submitit>=1.5",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "flash": ["flash-attn-4"],
+        "test": ["pytest>=8", "hypothesis>=6", "triton>=3.7; platform_machine == 'x86_64'"],
+        "dev": ["ruff==0.17.*", "mypy>=1.15", "pre-commit>=4", "types-PyYAML", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["megaboat=megaboat.cli:main"]},
+)
