@@ -1,0 +1,131 @@
+"""Lines of a corpus file: jsonl, jsonl.zst, jsonl.gz or txt. The only file that imports zstandard.
+
+A compressed stream that stops early decodes without an error in most readers; here every frame must reach its end,
+or `BrokenInput` says where reading stopped and how much of what came before can be trusted.
+"""
+
+import glob
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import zstandard
+
+from megaboat.errors import BadInput
+
+READ_BYTES = 1 << 16
+# Archives written with `zstd --long=31` need the largest window that the format knows.
+MAX_WINDOW = 1 << 31
+
+
+class BrokenInput(BadInput):
+    """A file that cannot be read to its end.
+
+    `trusted` counts the decompressed bytes that are certainly right: all of them when the file was merely cut,
+    those of the frames before when a checksum failed.
+    """
+
+    def __init__(self, path: Path, reason: str, compressed_offset: int, trusted: int):
+        super().__init__(f"{path}: {reason} at byte {compressed_offset:,}")
+        self.path, self.reason = path, reason
+        self.compressed_offset, self.trusted = compressed_offset, trusted
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str, int, int]]:
+        """Exceptions cross the border between worker processes by their arguments."""
+        return BrokenInput, (self.path, self.reason, self.compressed_offset, self.trusted)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line without its line end. `data` is None when it was longer than allowed."""
+
+    number: int  # from 1
+    offset: int  # of its first byte, in the decompressed file
+    data: bytes | None
+
+
+class Decompressor(Protocol):
+    """What zlib's and zstandard's streaming objects have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def find_inputs(pattern: str, option: str = "--input") -> list[Path]:
+    """The files that match a glob (`**` crosses folders), sorted. Raises BadInput if there is none."""
+    paths = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+    if not paths:
+        raise BadInput(f"{option} {pattern!r}: no such file; quote the pattern so that the shell leaves it whole")
+    return paths
+
+
+def read_lines(path: Path, max_line_bytes: int = 1 << 28) -> Iterator[Line]:
+    """Every line of the file in order. Raises BrokenInput, after the last whole line, if the file is damaged."""
+    number, offset = 1, 0
+    rest: list[bytes] = []
+    rest_bytes = 0
+    for chunk in _chunks(path):
+        *whole, tail = chunk.split(b"\n")
+        for piece in whole:
+            rest.append(piece)
+            rest_bytes += len(piece)
+            fits = rest_bytes <= max_line_bytes
+            yield Line(number, offset, b"".join(rest) if fits else None)
+            number, offset = number + 1, offset + rest_bytes + 1
+            rest, rest_bytes = [], 0
+        rest_bytes += len(tail)
+        rest.append(tail)
+        if rest_bytes > max_line_bytes:
+            rest = []  # the line is lost anyway: hold its length, not its bytes
+    if rest_bytes:
+        yield Line(number, offset, b"".join(rest) if rest_bytes <= max_line_bytes else None)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".zst":
+                yield from _inflate(path, file, "zstd")
+            elif path.suffix == ".gz":
+                yield from _inflate(path, file, "gzip")
+            else:
+                while chunk := file.read(READ_BYTES):
+                    yield chunk
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _new_frame(kind: str) -> Decompressor:
+    if kind == "gzip":
+        return zlib.decompressobj(wbits=31)
+    return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
+
+
+def _inflate(path: Path, file: BinaryIO, kind: str) -> Iterator[bytes]:
+    """Decompressed chunks of one or several frames; the end of each must be reached."""
+    frame: Decompressor | None = None
+    given = trusted = 0  # decompressed bytes: handed out, and of frames that ended well
+    while chunk := file.read(READ_BYTES):
+        while chunk:
+            if frame is None:
+                frame, trusted = _new_frame(kind), given
+            try:
+                out = frame.decompress(chunk)
+            except (zstandard.ZstdError, zlib.error) as error:
+                position = file.tell() - len(chunk)
+                reason = f"damaged or not {kind} ({error})"
+                raise BrokenInput(path, reason, position, trusted) from None
+            given += len(out)
+            yield out
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        reason = f"truncated: the {kind} stream stops before the end of its frame"
+        raise BrokenInput(path, reason, file.tell(), given)
