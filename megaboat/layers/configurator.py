@@ -1,0 +1,59 @@
+"""The latent configurator: which modules a token activates, and with what confidence. SeqBoat, section 3."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decisions of one layer over X tokens and M modules."""
+
+    active_XM: Tensor
+    """bool: the module runs on the token. No gradient."""
+    confidence_XM: Tensor
+    """fp32: probability of the decision where active, in (1/2, 1); 0 elsewhere. Carries the only gradient."""
+    margin_XM: Tensor
+    """fp32: logit of activating minus logit of skipping, before the temperature."""
+
+
+class Configurator(nn.Module):
+    """Two logits a module from a linear map, a hard argmax without gradient, a tempered softmax for the confidence.
+
+        m = 1[u_1 > u_0]     P = softmax(u / temperature)     c = m P_1     (a tie skips)
+
+    Parameters in fp32. `center_D` is subtracted from the input: zero as published, the mean input of a batch
+    after `calibrate`, so that weight updates do not shift all tokens of a layer at once.
+    """
+
+    center_D: Tensor
+
+    def __init__(self, width: int, modules: int) -> None:
+        super().__init__()
+        self.logits = nn.Linear(width, 2 * modules)
+        self.log_temperature = nn.Parameter(torch.empty(modules))
+        self.register_buffer("center_D", torch.zeros(width))
+
+    def forward(self, h_XD: Tensor, active_XM: Tensor | None = None) -> Routing:
+        """Decide for each token, or keep the decisions `active_XM` (a recomputation must not flip them)."""
+        with torch.autocast(h_XD.device.type, enabled=False):
+            u_XM2 = self.logits(h_XD.to(self.center_D.dtype) - self.center_D).unflatten(-1, (-1, 2))
+            margin_XM = u_XM2[..., 1] - u_XM2[..., 0]
+            if active_XM is None:
+                active_XM = margin_XM.detach() > 0
+            confidence_XM = torch.sigmoid(margin_XM / self.log_temperature.exp()) * active_XM
+        return Routing(active_XM, confidence_XM, margin_XM)
+
+    @torch.no_grad()
+    def calibrate(self, h_XD: Tensor) -> None:
+        """Center the input on `h_XD` and set the bias so that half of its tokens activate each module."""
+        self.center_D.copy_(h_XD.float().mean(0))
+        margin_XM = self.forward(h_XD).margin_XM
+        self.logits.bias.view(-1, 2)[:, 1] -= margin_XM.quantile(0.5, dim=0)
+
+
+def initial_log_temperature(width: int, scale: float) -> float:
+    """theta = log(scale sqrt(D)): about the spread of the logits, so that confidences start near 1/2."""
+    return math.log(scale * math.sqrt(width))

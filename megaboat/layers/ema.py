@@ -1,0 +1,45 @@
+"""Multi-dimensional damped EMA (MD-EMA): the linear state-space layer that sees every token. MEGA, section 3.2."""
+
+import torch
+from torch import Tensor, nn
+
+from megaboat import kernels
+from megaboat.kernels.reference import ema_recurrence
+
+
+class DampedEMA(nn.Module):
+    """SiLU of N damped averages a channel, projected back, plus a skip term.
+
+        p = sigmoid(smoothing)    q = 1 - p sigmoid(damping)
+        h_t = q h_{t-1} + p expansion x_t      y_t = SiLU( N^(-1/2) sum_k projection_k h_t,k + skip x_t )
+
+    The kernels carry s = h / (p expansion), so that only q and the product p * expansion * projection enter.
+    Parameters and state stay in fp32: a decay of 0.999 is 1.0 in bf16.
+    """
+
+    def __init__(self, width: int, order: int) -> None:
+        super().__init__()
+        self.smoothing = nn.Parameter(torch.empty(width, order))
+        self.damping = nn.Parameter(torch.empty(width, order))
+        self.expansion = nn.Parameter(torch.empty(width, order))
+        self.projection = nn.Parameter(torch.empty(width, order))
+        self.skip = nn.Parameter(torch.empty(width))
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """decay (D, N) in (0, 1) and weight (D, N), as `kernels.ema` takes them."""
+        p = self.smoothing.sigmoid()
+        decay_DN = 1 - p * self.damping.sigmoid()
+        return decay_DN, p * self.expansion * self.projection * self.smoothing.shape[1] ** -0.5
+
+    def forward(self, x_BTD: Tensor, first_BT: Tensor, state_BDN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns y_BTD and the state after each row's last token."""
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            decay_DN, weight_DN = self.coefficients()
+            return kernels.ema(x_BTD, decay_DN, weight_DN, self.skip, first_BT, state_BDN, silu=True)
+
+    def step(self, x_BD: Tensor, state_BDN: Tensor) -> tuple[Tensor, Tensor]:
+        """One token of each row: y_BD and the next state."""
+        with torch.autocast(x_BD.device.type, enabled=False):
+            x_B1D = x_BD[:, None].to(state_BDN.dtype)
+            y_B1D, state_BDN = ema_recurrence(x_B1D, *self.coefficients(), self.skip, state_BDN=state_BDN)
+        return nn.functional.silu(y_B1D[:, 0].to(x_BD.dtype)), state_BDN

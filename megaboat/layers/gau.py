@@ -1,0 +1,73 @@
+"""The Gated Attention Unit (Hua et al. 2022) over active rows: one shared z for queries and keys, gated values."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megaboat import kernels
+from megaboat.kernels import ActiveRows
+from megaboat.layers.documents import Documents
+from megaboat.layers.memory import KeyRows, WorkingMemory
+from megaboat.layers.rotary import rotate
+
+
+class GatedAttentionUnit(nn.Module):
+    """Windowed attention on R active rows, gated: o( SiLU(r h) * attention(q, k, SiLU(v h)) ).
+
+        z = SiLU(W_z h)    q = z . scale_q + bias_q    k = z . scale_k + bias_k    rotary on q and k, all Z dimensions
+
+    With heads G > 1 each block of E / G values has its own scales and biases on the shared z; G = 1 is the paper's.
+    """
+
+    def __init__(
+        self, width: int, qk_dim: int, value_dim: int, window: int, heads: int = 1, rope_base: float = 1e4
+    ) -> None:
+        super().__init__()
+        self.window, self.rope_base = window, rope_base
+        self.qk_dim, self.value_dim = qk_dim, value_dim
+        self.z = nn.Linear(width, qk_dim)
+        self.r = nn.Linear(width, value_dim)
+        self.v = nn.Linear(width, value_dim)
+        self.o = nn.Linear(value_dim, width)
+        self.scale_q = nn.Parameter(torch.empty(heads, qk_dim))
+        self.bias_q = nn.Parameter(torch.empty(heads, qk_dim))
+        self.scale_k = nn.Parameter(torch.empty(heads, qk_dim))
+        self.bias_k = nn.Parameter(torch.empty(heads, qk_dim))
+
+    def forward(self, h_RD: Tensor, rows: ActiveRows, docs: Documents, memory: WorkingMemory | None = None) -> Tensor:
+        """(R, D) -> (R, D). Runs on zero rows too, so that its parameters are always in the autograd graph."""
+        z_RZ, v_RE = F.silu(self.z(h_RD)), F.silu(self.v(h_RD))
+        positions_R = docs.positions_BT.reshape(-1)[rows.token_R]
+        q_RGZ = self._head(z_RZ, self.scale_q, self.bias_q, positions_R)
+        if memory is None:
+            keys, cu_k = KeyRows(z_RZ, v_RE, positions_R, rows.cu_seqlens), None
+        else:
+            keys = memory.extend(z_RZ, v_RE, positions_R, rows, docs)
+            cu_k = keys.cu_seqlens
+        k_KGZ = self._head(keys.z_KZ, self.scale_k, self.bias_k, keys.positions_K)
+        scale = self.qk_dim**-0.5
+        o_RE = kernels.windowed_attention(q_RGZ, k_KGZ, keys.v_KE, rows.cu_seqlens, cu_k, self.window, scale)
+        return self.o(o_RE * F.silu(self.r(h_RD)))
+
+    def step(self, h_BD: Tensor, active_B: Tensor, positions_B: Tensor, memory: WorkingMemory) -> Tensor:
+        """One token of each row against the ring, dense over B and of static shape; inactive rows' output is unused."""
+        z_BZ, v_BE = F.silu(self.z(h_BD)), F.silu(self.v(h_BD))
+        memory.push(active_B, z_BZ, v_BE, positions_B)
+        B, S, _ = memory.z_BSZ.shape
+        q_BGZ = self._head(z_BZ, self.scale_q, self.bias_q, positions_B)
+        k_BSGZ = self._head(
+            memory.z_BSZ.flatten(0, 1), self.scale_k, self.bias_k, memory.positions_BS.flatten()
+        ).unflatten(0, (B, S))
+        score_BGS = torch.einsum("bgz,bsgz->bgs", q_BGZ, k_BSGZ.to(q_BGZ.dtype)) * self.qk_dim**-0.5
+        hidden_BS = ~(memory.filled() | ~active_B[:, None])  # a row without any key would be NaN
+        weight_BGS = score_BGS.masked_fill(hidden_BS[:, None], -torch.inf).softmax(-1)
+        v_BSGE = memory.v_BSE.to(weight_BGS.dtype).unflatten(-1, (q_BGZ.shape[1], -1))
+        o_BE = torch.einsum("bgs,bsge->bge", weight_BGS, v_BSGE).flatten(1)
+        return self.o(o_BE * F.silu(self.r(h_BD)))
+
+    def new_memory(self, rows: int, like: Tensor) -> WorkingMemory:
+        return WorkingMemory(rows, self.window, self.qk_dim, self.value_dim, like)
+
+    def _head(self, z_XZ: Tensor, scale_GZ: Tensor, bias_GZ: Tensor, positions_X: Tensor) -> Tensor:
+        """(X, G, Z): queries or keys of each head, rotated."""
+        return rotate(z_XZ[:, None] * scale_GZ.to(z_XZ.dtype) + bias_GZ.to(z_XZ.dtype), positions_X, self.rope_base)

@@ -1,0 +1,55 @@
+"""Sparse Modular Activation: run each module only on the tokens that activate it. SeqBoat, section 3.
+
+y_t = sum_i a_ti c_ti f_i(h)_t        a in {0, 1}: decision    c in (1/2, 1): confidence
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megaboat import kernels
+from megaboat.kernels import ActiveRows
+from megaboat.layers.configurator import Configurator, Routing
+from megaboat.layers.documents import Documents
+
+
+class SparseModule(Protocol):
+    """What runs on the active rows: (R, D) -> (R, D) in the order of the rows, R = 0 included."""
+
+    def __call__(self, h_RD: Tensor, rows: ActiveRows, docs: Documents, memory: Any = None) -> Tensor: ...
+
+
+class SparseModularActivation(nn.Module):
+    """A configurator with M decisions a token, independent of each other, and the M modules that they switch."""
+
+    def __init__(self, width: int, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(modules)
+        self.configurator = Configurator(width, len(self.units))
+
+    def route(self, h_BTD: Tensor, active_XM: Tensor | None = None) -> Routing:
+        """The decisions for each token, or those of `active_XM` again."""
+        return self.configurator(h_BTD.flatten(0, 1), active_XM)
+
+    def forward(
+        self, h_BTD: Tensor, routing: Routing, docs: Documents, memories: Sequence[Any] | None = None
+    ) -> Tensor:
+        """y_BTD. Every module is called whatever the decisions are: ranks must agree on calls and collectives."""
+        h_XD = h_BTD.flatten(0, 1)
+        y_XD = torch.zeros_like(h_XD)
+        for i, unit in enumerate(self.units):
+            rows = kernels.plan_rows(routing.active_XM[:, i], docs.cu_seqlens)
+            out_RD = unit(kernels.compress(h_XD, rows), rows, docs, memories[i] if memories is not None else None)
+            confidence_R1 = kernels.compress(routing.confidence_XM[:, i, None], rows)
+            y_XD = y_XD + kernels.extract(out_RD * confidence_R1.to(out_RD.dtype), rows).to(y_XD.dtype)
+        return y_XD.view_as(h_BTD)
+
+    def step(self, h_BD: Tensor, routing: Routing, positions_B: Tensor, memories: Sequence[Any]) -> Tensor:
+        """One token of each row, with the units' working memories."""
+        y_BD = torch.zeros_like(h_BD)
+        for i, unit in enumerate(self.units):
+            out_BD = unit.step(h_BD, routing.active_XM[:, i], positions_B, memories[i])
+            y_BD = y_BD + torch.where(routing.active_XM[:, i, None], out_BD, 0) * routing.confidence_XM[:, i, None]
+        return y_BD.to(h_BD.dtype)

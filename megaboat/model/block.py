@@ -1,0 +1,80 @@
+"""One SeqBoat layer, in the order of the paper's equations (SeqBoat, section 3.2; `decoder` form)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megaboat.layers.configurator import Routing
+from megaboat.layers.documents import Documents
+from megaboat.layers.ema import DampedEMA
+from megaboat.layers.feedforward import FeedForward
+from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.layers.memory import WorkingMemory
+from megaboat.layers.norm import LayerNorm
+from megaboat.layers.sma import SparseModularActivation
+from megaboat.model.config import SeqBoatConfig
+
+
+@dataclass
+class LayerState:
+    """What a layer remembers between calls: the EMA state and each unit's working memory."""
+
+    ema_BDN: Tensor
+    memories: list[WorkingMemory]
+
+
+class SeqBoatBlock(nn.Module):
+    """x -> SiLU( linear(h) + sma(h) + x ) with h = SiLU(EMA(norm x)); then, if configured, x + ffn(norm x)."""
+
+    def __init__(self, config: SeqBoatConfig) -> None:
+        super().__init__()
+        width, value_dim, heads = config.width, config.value_dim, config.heads
+        assert value_dim is not None, "filled from the style by the config's validator"
+        assert heads is not None, "as is this"
+        self.norm = LayerNorm(width)
+        self.ema = DampedEMA(width, config.ema_order)
+        self.linear = nn.Linear(width, width)
+        units = [
+            GatedAttentionUnit(width, config.qk_dim, value_dim, config.window, heads, config.rope_base)
+            for _ in range(config.modules)
+        ]
+        self.sma = SparseModularActivation(width, units)
+        self.dropout = nn.Dropout(config.dropout)
+        self.ffn_norm = LayerNorm(width) if config.ffn_dim else None
+        self.ffn = FeedForward(width, config.ffn_dim) if config.ffn_dim else None
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        docs: Documents,
+        state: LayerState | None = None,
+        active_XM: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """The layer's output and its decisions. A `state` is read and brought up to date in place."""
+        h_BTD, ema_BDN = self.ema(self.norm(x_BTD), docs.first_BT, state.ema_BDN if state else None)
+        h_BTD = self.dropout(h_BTD)
+        routing = self.sma.route(h_BTD, active_XM)
+        y_BTD = self.linear(h_BTD) + self.sma(h_BTD, routing, docs, state.memories if state else None)
+        if state is not None:
+            state.ema_BDN = ema_BDN
+        return self._join(x_BTD, y_BTD), routing
+
+    def step(self, x_BD: Tensor, positions_B: Tensor, state: LayerState) -> tuple[Tensor, Routing]:
+        """One token of each row: constant time and memory, no host synchronisation."""
+        h_BD, state.ema_BDN = self.ema.step(self.norm(x_BD), state.ema_BDN)
+        routing = self.sma.route(h_BD[:, None])
+        y_BD = self.linear(h_BD) + self.sma.step(h_BD, routing, positions_B, state.memories)
+        return self._join(x_BD, y_BD), routing
+
+    def new_state(self, rows: int, like: Tensor) -> LayerState:
+        """The state before any token. `like` gives device and dtype of the memory; the EMA state is fp32 or fp64."""
+        width, order = self.ema.smoothing.shape
+        ema_BDN = self.ema.smoothing.new_zeros(rows, width, order)
+        return LayerState(ema_BDN, [unit.new_memory(rows, like) for unit in self.sma.units])
+
+    def _join(self, x: Tensor, y: Tensor) -> Tensor:
+        x = F.silu(self.dropout(y).to(x.dtype) + x)
+        if self.ffn is None:
+            return x
+        return x + self.dropout(self.ffn(self.ffn_norm(x))).to(x.dtype)

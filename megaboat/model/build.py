@@ -1,0 +1,19 @@
+"""From a config to an initialised model: the one place that knows the families."""
+
+from megaboat.model import llama, seqboat
+from megaboat.model.config import LlamaConfig, SeqBoatConfig
+from megaboat.model.llama import Llama
+from megaboat.model.seqboat import SeqBoat
+
+LanguageModel = SeqBoat | Llama
+
+
+def build_model(config: SeqBoatConfig | LlamaConfig, seed: int) -> LanguageModel:
+    """The model on the default device, every parameter drawn from `seed`."""
+    if isinstance(config, LlamaConfig):
+        model = Llama(config)
+        llama.initialize(model, seed)
+        return model
+    boat = SeqBoat(config)
+    seqboat.initialize(boat, seed)
+    return boat

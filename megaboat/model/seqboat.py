@@ -1,0 +1,176 @@
+"""The SeqBoat language model: embedding, blocks, head; and all its initialisation in one function."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megaboat import kernels
+from megaboat.layers.configurator import Configurator, Routing, initial_log_temperature
+from megaboat.layers.documents import Documents
+from megaboat.layers.ema import DampedEMA
+from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.layers.norm import LayerNorm
+from megaboat.model.block import LayerState, SeqBoatBlock
+from megaboat.model.config import SeqBoatConfig
+
+
+@dataclass
+class ModelOutput:
+    """Loss as a sum over scored tokens (the trainer divides by the global count), and what the layers decided."""
+
+    nll_sum: Tensor | None
+    hidden_BTD: Tensor
+    routings: list[Routing]
+
+
+@dataclass
+class DecodingState:
+    """Everything that generation remembers; its size does not depend on how many tokens were read."""
+
+    layers: list[LayerState]
+    position_B: Tensor
+
+
+class Head(nn.Module):
+    """The output projection, which shares the embedding's weight."""
+
+    def __init__(self, weight_VD: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_VD
+
+    def forward(self, h_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or with targets the sum of their negative log-likelihoods in nats."""
+        if targets_BT is None:
+            return h_BTD @ self.weight.to(h_BTD.dtype).T
+        return kernels.linear_cross_entropy(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten())
+
+    def token_nll(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Negative log-likelihood of each token in nats, (B, T)."""
+        return kernels.token_nll(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten()).view_as(targets_BT)
+
+
+class SeqBoat(nn.Module):
+    """A causal language model of SeqBoat blocks over packed documents."""
+
+    def __init__(self, config: SeqBoatConfig) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the vocabulary is known once the token shards are open"
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(SeqBoatBlock(config) for _ in range(config.layers))
+        self.norm = LayerNorm(config.width, affine=False)
+        self.head = Head(self.embedding.weight)
+        self.checkpoint_activations = False
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        docs: Documents,
+        targets_BT: Tensor | None = None,
+        state: DecodingState | None = None,
+    ) -> ModelOutput:
+        """Read B x T tokens; with `state`, go on from it and bring it up to date in place."""
+        x_BTD = self._embed(tokens_BT)
+        routings = []
+        for i, block in enumerate(self.blocks):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_BTD, routing = _checkpointed(block, x_BTD, docs)
+            else:
+                x_BTD, routing = block(x_BTD, docs, state.layers[i] if state else None)
+            routings.append(routing)
+        if state is not None:
+            state.position_B = docs.positions_BT[:, -1] + 1
+        x_BTD = self.norm(x_BTD)
+        nll_sum = None if targets_BT is None else self.head(x_BTD, targets_BT)
+        return ModelOutput(nll_sum, x_BTD, routings)
+
+    def step(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, list[Routing]]:
+        """Logits (B, V) after one more token of each row, in constant time and memory."""
+        x_BD = self._embed(tokens_B)
+        routings = []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x_BD, routing = block.step(x_BD, state.position_B, layer)
+            routings.append(routing)
+        state.position_B = state.position_B + 1
+        return self.head(self.norm(x_BD)), routings
+
+    def new_state(self, rows: int) -> DecodingState:
+        """The state before any token, on the model's device."""
+        weight = self.embedding.weight
+        position_B = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        return DecodingState([block.new_state(rows, weight) for block in self.blocks], position_B)
+
+    @torch.no_grad()
+    def calibrate(self, tokens_BT: Tensor, docs: Documents) -> None:
+        """Layer by layer, set each configurator so that half of these tokens activate each of its modules."""
+        x_BTD = self._embed(tokens_BT)
+        for block in self.blocks:
+            h_BTD, _ = block.ema(block.norm(x_BTD), docs.first_BT)
+            block.sma.configurator.calibrate(h_BTD.flatten(0, 1))
+            x_BTD, _ = block(x_BTD, docs)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.dropout(self.embedding(tokens) * self.config.width**0.5)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def _checkpointed(block: nn.Module, x_BTD: Tensor, docs: Documents) -> tuple[Tensor, Routing]:
+    """The block, recomputed in the backward pass with the decisions of the forward pass: a flip would change shapes."""
+    taken: list[Tensor] = []
+
+    def run(x: Tensor) -> tuple[Tensor, Routing]:
+        y, routing = block(x, docs, None, taken[0] if taken else None)
+        if not taken:
+            taken.append(routing.active_XM)
+        return y, routing
+
+    return checkpoint(run, x_BTD, use_reentrant=False)
+
+
+@torch.no_grad()
+def initialize(model: SeqBoat, seed: int) -> None:
+    """Draw every parameter. TN(s): normal of deviation s, truncated at two deviations.
+
+    | parameter                                  | value                                  |
+    |--------------------------------------------|----------------------------------------|
+    | embedding (tied head)                      | N(0, 1/width)                          |
+    | linear weights                             | TN(0.02); biases 0                     |
+    | GAU scales of q and k                      | TN(0.02); biases 0                     |
+    | norms                                      | scale 1, shift 0                       |
+    | EMA smoothing, damping                     | TN(0.2)                                |
+    | EMA expansion                              | TN(0.02) + 1, -1, 1, -1, ... over N    |
+    | EMA projection, skip                       | TN(1)                                  |
+    | configurator temperature                   | temperature_scale * sqrt(width)        |
+    """
+    generator = torch.Generator(device=model.embedding.weight.device).manual_seed(seed)
+
+    def truncated(parameter: Tensor, deviation: float) -> None:
+        nn.init.trunc_normal_(parameter, 0.0, deviation, -2 * deviation, 2 * deviation, generator=generator)
+
+    model.embedding.weight.normal_(0, model.config.width**-0.5, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            truncated(module.weight, 0.02)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, GatedAttentionUnit):
+            for scale, bias in ((module.scale_q, module.bias_q), (module.scale_k, module.bias_k)):
+                truncated(scale, 0.02)
+                bias.zero_()
+        elif isinstance(module, DampedEMA):
+            truncated(module.smoothing, 0.2)
+            truncated(module.damping, 0.2)
+            truncated(module.expansion, 0.02)
+            module.expansion[:, 0::2] += 1
+            module.expansion[:, 1::2] -= 1
+            truncated(module.projection, 1.0)
+            truncated(module.skip, 1.0)
+        elif isinstance(module, Configurator):
+            module.center_D.zero_()
+            module.log_temperature.fill_(initial_log_temperature(model.config.width, model.config.temperature_scale))
+        elif isinstance(module, LayerNorm) and module.weight is not None:
+            module.weight.fill_(1)
+            module.bias.zero_()  # type: ignore[union-attr]
