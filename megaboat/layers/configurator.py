@@ -1,14 +1,13 @@
 """The latent configurator: which modules a token activates, and with what confidence. SeqBoat, section 3."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """The decisions of one layer over X tokens and M modules."""
 
     active_XM: Tensor
@@ -17,6 +16,10 @@ class Routing:
     """fp32: probability of the decision where active, in (1/2, 1); 0 elsewhere. Carries the only gradient."""
     margin_XM: Tensor
     """fp32: logit of activating minus logit of skipping, before the temperature."""
+
+
+class PreciseLinear(nn.Linear):
+    """A linear map that stays in fp32 in memory and in communication: mixed precision goes by class name."""
 
 
 class Configurator(nn.Module):
@@ -32,7 +35,7 @@ class Configurator(nn.Module):
 
     def __init__(self, width: int, modules: int) -> None:
         super().__init__()
-        self.logits = nn.Linear(width, 2 * modules)
+        self.logits = PreciseLinear(width, 2 * modules)
         self.log_temperature = nn.Parameter(torch.empty(modules))
         self.register_buffer("center_D", torch.zeros(width))
 

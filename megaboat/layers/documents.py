@@ -1,13 +1,12 @@
 """Where documents begin inside packed rows: what every layer must respect so that nothing leaks between them."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Documents:
+class Documents(NamedTuple):
     """Borders and positions of the documents of a micro-batch of B rows and T tokens."""
 
     first_BT: Tensor

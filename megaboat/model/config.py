@@ -63,7 +63,7 @@ class SeqBoatConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _heads_divide_values(self) -> "SeqBoatConfig":
-        if self.value_dim % self.heads:  # type: ignore[operator]
+        if self.value_dim % self.heads:
             raise ValueError(f"value_dim {self.value_dim} is not a multiple of heads {self.heads}")
         return self
 

@@ -44,10 +44,13 @@ class Llama(nn.Module):
         else:
             self.body.gradient_checkpointing_disable()
 
-    def forward(self, tokens_BT: Tensor, docs: Documents, targets_BT: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self, tokens_BT: Tensor, docs: Documents, targets_BT: Tensor | None = None, per_token: bool = False
+    ) -> ModelOutput:
         """Read B x T tokens of packed documents."""
         h_BTD = self.body(input_ids=tokens_BT, position_ids=docs.positions_BT).last_hidden_state
-        return ModelOutput(None if targets_BT is None else self.head(h_BTD, targets_BT), h_BTD, [])
+        nll = None if targets_BT is None else self.head(h_BTD, targets_BT, per_token)
+        return ModelOutput(nll, h_BTD, [])
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The SeqBoat language model: embedding, blocks, head; and all its initialisation in one function."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from megaboat.model.block import LayerState, SeqBoatBlock
 from megaboat.model.config import SeqBoatConfig
 
 
-@dataclass
-class ModelOutput:
-    """Loss as a sum over scored tokens (the trainer divides by the global count), and what the layers decided."""
+class ModelOutput(NamedTuple):
+    """What a forward pass gives. A tuple, because DeepSpeed's ZeRO-3 hooks look for tensors in tuples only."""
 
-    nll_sum: Tensor | None
+    nll: Tensor | None
+    """Nats: the sum over scored tokens (the trainer divides by the global count), or (B, T) if asked per token."""
     hidden_BTD: Tensor
     routings: list[Routing]
 
@@ -40,15 +41,14 @@ class Head(nn.Module):
         super().__init__()
         self.weight = weight_VD
 
-    def forward(self, h_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V), or with targets the sum of their negative log-likelihoods in nats."""
+    def forward(self, h_BTD: Tensor, targets_BT: Tensor | None = None, per_token: bool = False) -> Tensor:
+        """Logits (B, T, V); with targets their negative log-likelihood in nats, summed or (B, T) if `per_token`."""
         if targets_BT is None:
             return h_BTD @ self.weight.to(h_BTD.dtype).T
-        return kernels.linear_cross_entropy(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten())
-
-    def token_nll(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Negative log-likelihood of each token in nats, (B, T)."""
-        return kernels.token_nll(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten()).view_as(targets_BT)
+        h_XD, targets_X = h_BTD.flatten(0, 1), targets_BT.flatten()
+        if per_token:
+            return kernels.token_nll(h_XD, self.weight, targets_X).view_as(targets_BT)
+        return kernels.linear_cross_entropy(h_XD, self.weight, targets_X)
 
 
 class SeqBoat(nn.Module):
@@ -71,6 +71,7 @@ class SeqBoat(nn.Module):
         docs: Documents,
         targets_BT: Tensor | None = None,
         state: DecodingState | None = None,
+        per_token: bool = False,
     ) -> ModelOutput:
         """Read B x T tokens; with `state`, go on from it and bring it up to date in place."""
         x_BTD = self._embed(tokens_BT)
@@ -84,8 +85,8 @@ class SeqBoat(nn.Module):
         if state is not None:
             state.position_B = docs.positions_BT[:, -1] + 1
         x_BTD = self.norm(x_BTD)
-        nll_sum = None if targets_BT is None else self.head(x_BTD, targets_BT)
-        return ModelOutput(nll_sum, x_BTD, routings)
+        nll = None if targets_BT is None else self.head(x_BTD, targets_BT, per_token)
+        return ModelOutput(nll, x_BTD, routings)
 
     def step(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, list[Routing]]:
         """Logits (B, V) after one more token of each row, in constant time and memory."""
@@ -173,4 +174,4 @@ def initialize(model: SeqBoat, seed: int) -> None:
             module.log_temperature.fill_(initial_log_temperature(model.config.width, model.config.temperature_scale))
         elif isinstance(module, LayerNorm) and module.weight is not None:
             module.weight.fill_(1)
-            module.bias.zero_()  # type: ignore[union-attr]
+            module.bias.zero_()
