@@ -6,7 +6,7 @@ or `BrokenInput` says where reading stopped and how much of what came before can
 
 import glob
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -66,12 +66,17 @@ def find_inputs(pattern: str, option: str = "--input") -> list[Path]:
     return paths
 
 
-def read_lines(path: Path, max_line_bytes: int = 1 << 28) -> Iterator[Line]:
-    """Every line of the file in order. Raises BrokenInput, after the last whole line, if the file is damaged."""
+def read_lines(
+    path: Path, max_line_bytes: int = 1 << 28, on_read: Callable[[int], object] = lambda count: None
+) -> Iterator[Line]:
+    """Every line of the file in order. Raises BrokenInput, after the last whole line, if the file is damaged.
+
+    `on_read` is told how many bytes of the file were read each time, for progress bars.
+    """
     number, offset = 1, 0
     rest: list[bytes] = []
     rest_bytes = 0
-    for chunk in _chunks(path):
+    for chunk in _chunks(path, on_read):
         *whole, tail = chunk.split(b"\n")
         for piece in whole:
             rest.append(piece)
@@ -88,18 +93,33 @@ def read_lines(path: Path, max_line_bytes: int = 1 << 28) -> Iterator[Line]:
         yield Line(number, offset, b"".join(rest) if rest_bytes <= max_line_bytes else None)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _chunks(path: Path, on_read: Callable[[int], object]) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
+            told = _Told(file, on_read)
             if path.suffix == ".zst":
-                yield from _inflate(path, file, "zstd")
+                yield from _inflate(path, told, "zstd")
             elif path.suffix == ".gz":
-                yield from _inflate(path, file, "gzip")
+                yield from _inflate(path, told, "gzip")
             else:
-                while chunk := file.read(READ_BYTES):
+                while chunk := told.read():
                     yield chunk
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class _Told:
+    """A file whose reader is watched."""
+
+    def __init__(self, file: BinaryIO, on_read: Callable[[int], object]):
+        self._file, self._on_read = file, on_read
+        self.position = 0
+
+    def read(self) -> bytes:
+        chunk = self._file.read(READ_BYTES)
+        self.position += len(chunk)
+        self._on_read(len(chunk))
+        return chunk
 
 
 def _new_frame(kind: str) -> Decompressor:
@@ -108,18 +128,18 @@ def _new_frame(kind: str) -> Decompressor:
     return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
 
 
-def _inflate(path: Path, file: BinaryIO, kind: str) -> Iterator[bytes]:
+def _inflate(path: Path, file: _Told, kind: str) -> Iterator[bytes]:
     """Decompressed chunks of one or several frames; the end of each must be reached."""
     frame: Decompressor | None = None
     given = trusted = 0  # decompressed bytes: handed out, and of frames that ended well
-    while chunk := file.read(READ_BYTES):
+    while chunk := file.read():
         while chunk:
             if frame is None:
                 frame, trusted = _new_frame(kind), given
             try:
                 out = frame.decompress(chunk)
             except (zstandard.ZstdError, zlib.error) as error:
-                position = file.tell() - len(chunk)
+                position = file.position - len(chunk)
                 reason = f"damaged or not {kind} ({error})"
                 raise BrokenInput(path, reason, position, trusted) from None
             given += len(out)
@@ -128,4 +148,4 @@ def _inflate(path: Path, file: BinaryIO, kind: str) -> Iterator[bytes]:
             frame = None if frame.eof else frame
     if frame is not None:
         reason = f"truncated: the {kind} stream stops before the end of its frame"
-        raise BrokenInput(path, reason, file.tell(), given)
+        raise BrokenInput(path, reason, file.position, given)
