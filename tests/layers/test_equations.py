@@ -1,0 +1,146 @@
+"""The paper block against naive loops in fp64, step by step and whole, and its gradients against finite differences."""
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+from megaboat.kernels import plan_rows
+from megaboat.layers.configurator import Configurator
+from megaboat.layers.documents import Documents
+from megaboat.layers.ema import DampedEMA
+from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.model.block import SeqBoatBlock
+from megaboat.model.build import build_model
+from tests.layers import naive
+from tests.model.building import decisions, pack, small_config
+
+AGREE = {"rtol": 1e-10, "atol": 1e-10}
+
+LAYOUTS = {
+    "one-token": [[1]],
+    "one-document": [[37]],
+    "documents-in-a-row": [[1, 5, 20, 3]],
+    "rows-of-documents": [[13, 6], [1, 18], [19]],
+}
+SHAPES = {
+    "paper": {"width": 6, "qk_dim": 4},
+    "window-1": {"width": 6, "qk_dim": 4, "window": 1},
+    "window-16": {"width": 6, "qk_dim": 4, "window": 16},
+    "odd-width": {"width": 7, "qk_dim": 2, "ema_order": 3},
+    "value-9": {"width": 6, "qk_dim": 4, "value_dim": 9},
+    "heads-3": {"width": 6, "qk_dim": 4, "value_dim": 12, "heads": 3},
+    "modules-2": {"width": 6, "qk_dim": 4, "modules": 2},
+    "rope-base-500": {"width": 6, "qk_dim": 6, "rope_base": 500.0},
+}
+
+
+def documents_of(layout: list[list[int]], x: torch.Tensor) -> list[np.ndarray]:
+    """x (B, T, ...) cut into its documents."""
+    return [part.numpy() for part in x.flatten(0, 1).split([length for row in layout for length in row])]
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def activate_half(block: SeqBoatBlock, s_BTD: torch.Tensor, docs: Documents) -> None:
+    """Move the bias so that each module runs on half of these tokens; random weights may well activate none."""
+    h_BTD, _ = block.ema(block.norm(s_BTD), docs.first_BT)
+    margin_XM = block.sma.route(h_BTD).margin_XM
+    block.sma.configurator.logits.bias[1::2] -= margin_XM.quantile(0.5, dim=0) - 0.01
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("order", [1, 5])
+def test_ema_is_the_recurrence(layout: list[list[int]], order: int) -> None:
+    ema, docs = naive.randomize(DampedEMA(4, order), 1), pack(layout)
+    x_BTD = gaussian(*docs.shape, 4)
+    y_BTD, _ = ema(x_BTD, docs.first_BT)
+    for x, y in zip(documents_of(layout, x_BTD), documents_of(layout, y_BTD.detach()), strict=True):
+        np.testing.assert_allclose(y, naive.silu(naive.damped_ema(x, naive.weights(ema))), **AGREE)
+
+
+@pytest.mark.parametrize("modules", [1, 3])
+def test_configurator_is_argmax_and_tempered_softmax(modules: int) -> None:
+    configurator = naive.randomize(Configurator(6, modules), 2)
+    h_XD = gaussian(40, 6)
+    routing = configurator(h_XD)
+    expected = [[naive.decide(h, naive.weights(configurator), i) for i in range(modules)] for h in h_XD.numpy()]
+    active, confidence = np.array(expected).transpose(2, 0, 1)
+    assert 0 < active.mean() < 1
+    np.testing.assert_array_equal(routing.active_XM, active.astype(bool))
+    np.testing.assert_allclose(routing.confidence_XM.detach(), confidence, **AGREE)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("window", [1, 4, 50])
+def test_gau_is_a_softmax_over_the_window_of_active_rows(window: int, heads: int) -> None:
+    layout = LAYOUTS["rows-of-documents"]
+    docs = pack(layout)
+    unit = naive.randomize(GatedAttentionUnit(6, 4, 12, window, heads), 3)
+    active_BT = gaussian(*docs.shape, seed=4) > -0.3
+    rows = plan_rows(active_BT.flatten(), docs.cu_seqlens)
+    h_BTD = gaussian(*docs.shape, 6, seed=5)
+    out_RD = unit(h_BTD.flatten(0, 1)[rows.token_R], rows, docs).detach()
+    parts = zip(documents_of(layout, h_BTD), documents_of(layout, active_BT), strict=True)
+    expected = [
+        naive.gated_attention(h[active], list(np.flatnonzero(active)), naive.weights(unit), window, 1e4)
+        for h, active in parts
+        if active.any()
+    ]
+    np.testing.assert_allclose(out_RD, np.concatenate(expected), **AGREE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_block_is_the_paper_layer(shape: dict, layout: list[list[int]]) -> None:
+    config, docs = small_config(**shape), pack(layout)
+    block = naive.randomize(SeqBoatBlock(config), 6)
+    s_BTD = gaussian(*docs.shape, config.width, seed=7)
+    activate_half(block, s_BTD, docs)
+    with torch.no_grad():
+        y_BTD, routing = block(s_BTD, docs)
+    active_BTM = routing.active_XM.unflatten(0, docs.shape)
+    parts = [documents_of(layout, x) for x in (s_BTD, y_BTD, active_BTM)]
+    for s, y, active in zip(*parts, strict=True):
+        expected, decided = naive.paper_layer(s, naive.weights(block), config.window, config.rope_base)
+        np.testing.assert_array_equal(active, decided)
+        np.testing.assert_allclose(y, expected, **AGREE)
+    assert active_BTM.float().mean() == (1 if docs.first_BT.numel() == 1 else pytest.approx(0.5, abs=0.2))
+
+
+def test_model_is_embedding_layers_norm_and_tied_head() -> None:
+    layout = [[9, 14], [23]]
+    model, docs = build_model(small_config(width=8, qk_dim=4, vocab_size=11), seed=0), pack(layout)
+    naive.randomize(model, 8)
+    tokens_BT = torch.randint(11, docs.shape, generator=torch.Generator().manual_seed(9))
+    out = model(tokens_BT, docs)
+    assert 0 < decisions(out, 2).float().mean() < 1
+    logits_BTV = model.head(out.hidden_BTD).detach()
+    for tokens, got in zip(documents_of(layout, tokens_BT), documents_of(layout, logits_BTV), strict=True):
+        expected = naive.paper_logits(tokens.tolist(), naive.weights(model), model.config.window)
+        np.testing.assert_allclose(got, expected, **AGREE)
+
+
+@pytest.mark.parametrize("shape", [SHAPES["paper"], SHAPES["heads-3"], SHAPES["modules-2"]], ids=["1", "3", "2x1"])
+def test_gradients_of_the_block_are_finite_differences(shape: dict) -> None:
+    """Input and every parameter, with the decisions held fixed.
+
+    The layer is smooth between decisions and jumps where one flips (a confidence goes from 1/2 to 0). Autograd
+    differentiates the piece it stands on, which is what SeqBoat trains with; a finite difference across a flip would
+    measure the jump instead.
+    """
+    config, docs = small_config(**(shape | {"window": 2, "ema_order": 2})), pack([[5, 2], [1, 6]])
+    block = naive.randomize(SeqBoatBlock(config), 10)
+    s_BTD = gaussian(*docs.shape, config.width, seed=11).requires_grad_()
+    activate_half(block, s_BTD, docs)
+    active_XM = block(s_BTD, docs)[1].active_XM
+    assert 0.2 < active_XM.float().mean() < 0.8
+    names = [name for name, _ in block.named_parameters()]
+
+    def layer(s_BTD: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return functional_call(block, dict(zip(names, parameters, strict=True)), (s_BTD, docs, None, active_XM))[0]
+
+    assert torch.autograd.gradcheck(layer, (s_BTD, *block.parameters()), eps=1e-6, atol=1e-7, rtol=1e-5)
