@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def write_shard(folder: Path, file: str, blocks: Iterable[Block], source: str, t
     record = ShardRecord(file)
     with temporary.open("wb") as raw:
         sink = _HashingFile(raw)
-        with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], sink), mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for number, block in enumerate(blocks):
                 _add_block(tar, record, f"{path.stem}-{number:05d}", block, source, tokenizer_id)
         raw.flush()
@@ -83,7 +84,7 @@ def chunk_crcs(tokens: np.ndarray) -> list[int]:
     """crc32 of every 64 Ki tokens of a block, the last chunk being shorter."""
     view = tokens.view(np.uint8)
     step = CHUNK_TOKENS * tokens.itemsize
-    return [zlib.crc32(view[start : start + step]) for start in range(0, view.size, step)]
+    return [zlib.crc32(view[start : start + step].data) for start in range(0, view.size, step)]
 
 
 class _HashingFile:

@@ -1,0 +1,76 @@
+"""The audit of "the same tokens in the same steps": one line a step with a crc over the global batch."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megaboat.errors import DamagedData
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A step, the first window of its global batch and `step_crc` of the batch."""
+
+    step: int
+    first_window: int
+    crc: int
+
+
+def step_crc(crcs: Sequence[int]) -> int:
+    """crc32 over the crcs of all windows of a global batch, in their order: the same at every world size."""
+    return zlib.crc32(np.array(crcs, "<u4").tobytes())
+
+
+class Ledger:
+    """`data_ledger.jsonl`, written by rank 0. A step that is repeated after a resume must repeat its entry.
+
+    Raises DamagedData if the file holds a broken line before its last one.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._entries: dict[int, Entry] = {}
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        whole, torn = lines[:-1], lines[-1]
+        for number, line in enumerate(whole, 1):
+            try:
+                entry = Entry(**json.loads(line))
+            except (ValueError, TypeError):
+                raise DamagedData(f"{self.path}:{number}: not a ledger line") from None
+            self._entries[entry.step] = entry
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        if torn:
+            # A killed writer leaves half a line; its step is about to be repeated.
+            self._file.truncate(sum(len(line) + 1 for line in whole))
+
+    def append(self, step: int, first_window: int, crc: int) -> None:
+        """Note a step. Raises DamagedData if it was noted before with other data."""
+        entry = Entry(step, first_window, crc)
+        before = self._entries.get(step)
+        if before is not None:
+            if before != entry:
+                raise DamagedData(
+                    f"{self.path}: step {step:,} used window {before.first_window:,} with crc {before.crc:08x}, "
+                    f"repeated it is window {first_window:,} with crc {crc:08x}"
+                )
+            return
+        self._entries[step] = entry
+        self._file.write(json.dumps(asdict(entry)).encode() + b"\n")
+        self._file.flush()
+
+    def last(self) -> Entry | None:
+        """The entry of the highest step."""
+        return self._entries[max(self._entries)] if self._entries else None
+
+    def entry(self, step: int) -> Entry | None:
+        """The entry of a step."""
+        return self._entries.get(step)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,76 @@
+"""From a `data` section and a dataset to an order, with every refusal made before training starts."""
+
+import difflib
+
+from megaboat.data.config import DataConfig
+from megaboat.data.dataset import Dataset
+from megaboat.data.order import CYCLE, ContiguousOrder, Order, ShuffledOrder, Stretch, slots_of
+from megaboat.data.shards import CHUNK_TOKENS
+from megaboat.errors import BadInput
+
+TRAIN = "train"
+_BLOCK_TOKENS = 16 * CHUNK_TOKENS
+
+
+def make_order(config: DataConfig, dataset: Dataset, global_batch: int) -> Order:
+    """The order of the training windows. Raises BadInput if config and dataset do not fit together."""
+    _check_row_lengths(config)
+    names = dataset.splits.get(TRAIN, [])
+    if not names:
+        raise BadInput(f"{dataset.path}: the dataset has no training documents")
+    tokens = {name: dataset.source(TRAIN, name).n_tokens for name in names}
+    if config.shuffle == "contiguous":
+        if len(names) != 1 or config.phases:
+            raise BadInput(f"data.shuffle contiguous takes one source and no phases; {dataset.path} has {len(names)}")
+        return ContiguousOrder(names[0], tokens[names[0]], config.seq_len, global_batch)
+    stretches = [Stretch(0, _slots(config.weights, tokens))]
+    for phase in config.phases:
+        if phase.from_window % CYCLE or phase.from_window <= stretches[-1].from_window:
+            raise BadInput(f"data.phases: from_window {phase.from_window:,} must be a multiple of {CYCLE:,} and ascend")
+        slots = stretches[-1].slots if phase.weights is None else _slots(phase.weights, tokens)
+        stretches.append(Stretch(phase.from_window, slots))
+    group = config.group_blocks * _BLOCK_TOKENS if config.shuffle == "grouped" else 0
+    return ShuffledOrder(tokens, stretches, config.seq_len, config.seed, group)
+
+
+def row_length(config: DataConfig, window: int) -> int:
+    """Tokens per row of the batch that starts at `window`."""
+    length = config.row_len or config.seq_len
+    for phase in config.phases:
+        if phase.from_window <= window and phase.row_len is not None:
+            length = phase.row_len
+    return length
+
+
+def check_epochs(config: DataConfig, order: Order, names: list[str], windows: int) -> None:
+    """Raise BadInput if a run of that many windows would read a source more often than data.max_epochs."""
+    if config.max_epochs is None:
+        return
+    drawn = zip(names, order.drawn(windows), order.windows_per_epoch(), strict=True)
+    for name, count, epoch in drawn:
+        if count > config.max_epochs * max(epoch, 0):
+            raise BadInput(
+                f"source {name!r} would be read {count / max(epoch, 1):.2f} times by {windows:,} windows; "
+                f"data.max_epochs is {config.max_epochs:g}"
+            )
+
+
+def _slots(weights: dict[str, float] | None, tokens: dict[str, int]) -> tuple[int, ...]:
+    if weights is None:
+        return slots_of([float(count) for count in tokens.values()])
+    for name, weight in weights.items():
+        if name not in tokens:
+            close = difflib.get_close_matches(name, tokens, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(tokens)}"
+            raise BadInput(f"data.weights: no source {name!r}; {hint}")
+        if weight < 0:
+            raise BadInput(f"data.weights: {name} has the negative weight {weight:g}")
+    if not sum(weights.values()) > 0:
+        raise BadInput("data.weights: all weights are zero")
+    return slots_of([weights.get(name, 0.0) for name in tokens])
+
+
+def _check_row_lengths(config: DataConfig) -> None:
+    for length in [config.row_len, *(phase.row_len for phase in config.phases)]:
+        if length is not None and (length < 1 or config.seq_len % length):
+            raise BadInput(f"row_len {length:,} does not divide data.seq_len {config.seq_len:,}")
