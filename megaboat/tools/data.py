@@ -11,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megaboat.config import build_config
+from megaboat.data.dataset import open_dataset
 from megaboat.data.index import dataset_id
+from megaboat.data.picture import draw_stats
 from megaboat.data.prepare import Request, prepare
 from megaboat.data.reader import find_inputs
 from megaboat.data.spill import PrepareOptions
-from megaboat.errors import BadInput
+from megaboat.data.stats import dataset_stats, stats_table
+from megaboat.data.verify import verify_dataset
+from megaboat.errors import BadInput, DamagedData
 from megaboat.log import setup_logging
 
 
@@ -23,6 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_prepare(actions)
+    verify = actions.add_parser("verify", help="check every byte and count of a dataset against its index")
+    verify.set_defaults(function=_verify)
+    verify.add_argument("data", type=Path, metavar="DIR", help="dataset folder")
+    verify.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core")
+    stats = actions.add_parser("stats", help="documents, tokens and lengths per source, as a table and a picture")
+    stats.set_defaults(function=_stats)
+    stats.add_argument("data", type=Path, metavar="DIR", help="dataset folder")
+    stats.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="png, svg or pdf to write; default: stats.png in the current folder",
+    )
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -66,8 +83,7 @@ def _add_prepare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    if args.workers is not None and args.workers < 1:
-        raise BadInput(f"--workers {args.workers}: at least 1")
+    workers = _workers(args)
     given = {name: value for name in PrepareOptions.model_fields if (value := getattr(args, name, None)) is not None}
     if args.val and args.val_per_10k is None:
         given["val_per_10k"] = 0
@@ -76,9 +92,32 @@ def _prepare(args: argparse.Namespace) -> None:
     for split in ("val", "test"):
         if pattern := getattr(args, split):
             inputs[split] = find_inputs(pattern, f"--{split}")
-    workers = args.workers or len(os.sched_getaffinity(0))
     index = prepare(Request(inputs, args.tokenizer, args.out, options), workers, progress=True)
     for split, sources in index["splits"].items():
         tokens, documents = (sum(entry[key] for entry in sources.values()) for key in ("n_tokens", "n_docs"))
         print(f"{split}: {documents:,} documents, {tokens:,} tokens, {len(sources)} sources")
     print(f"{args.out}: dataset {dataset_id(args.out)[:16]}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    faults = verify_dataset(args.data, _workers(args), progress=True)
+    if faults:
+        raise DamagedData("\n".join(faults))
+    print(f"{args.data}: sound; dataset {dataset_id(args.data)[:16]}")
+
+
+def _stats(args: argparse.Namespace) -> None:
+    stats = dataset_stats(open_dataset(args.data))
+    print(stats_table(stats))
+    split = stats[0].split
+    shown = [entry for entry in stats if entry.split == split]
+    tokens = sum(entry.tokens for entry in shown)
+    picture = args.picture or Path("stats.png")
+    draw_stats(shown, f"{args.data.resolve().name}, {split}: {tokens:,} tokens in {len(shown)} sources", picture)
+    print(f"picture: {picture}")
+
+
+def _workers(args: argparse.Namespace) -> int:
+    if args.workers is not None and args.workers < 1:
+        raise BadInput(f"--workers {args.workers}: at least 1")
+    return args.workers or len(os.sched_getaffinity(0))
