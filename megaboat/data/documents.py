@@ -22,8 +22,13 @@ class Document:
 
     @property
     def content_hash(self) -> int:
-        """blake2b64 of the UTF-8 text: equal for exact copies."""
-        return int.from_bytes(blake2b(self.text.encode(), digest_size=8).digest(), "little")
+        """blake2b64 of the text's bytes: equal for exact copies."""
+        return int.from_bytes(blake2b(self.data, digest_size=8).digest(), "little")
+
+    @property
+    def data(self) -> bytes:
+        """The text in UTF-8; bytes that were none (of a byte corpus) as they were."""
+        return self.text.encode(errors="surrogateescape")
 
 
 @dataclass(frozen=True)

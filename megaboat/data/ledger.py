@@ -1,6 +1,7 @@
 """The audit of "the same tokens in the same steps": one line a step with a crc over the global batch."""
 
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -62,6 +63,10 @@ class Ledger:
         self._entries[step] = entry
         self._file.write(json.dumps(asdict(entry)).encode() + b"\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Put all lines on disk, so that a ledger is never behind a checkpoint."""
+        os.fsync(self._file.fileno())
 
     def last(self) -> Entry | None:
         """The entry of the highest step."""

@@ -1,4 +1,4 @@
-"""Lines of a corpus file: jsonl, jsonl.zst, jsonl.gz or txt. The only file that imports zstandard.
+"""Lines of a corpus file: jsonl or plain text, perhaps zst or gz. The only file that imports zstandard.
 
 A compressed stream that stops early decodes without an error in most readers; here every frame must reach its end,
 or `BrokenInput` says where reading stopped and how much of what came before can be trusted.
@@ -18,6 +18,8 @@ from megaboat.errors import BadInput
 READ_BYTES = 1 << 16
 # Archives written with `zstd --long=31` need the largest window that the format knows.
 MAX_WINDOW = 1 << 31
+PLAIN_TEXT = {".txt", ".xml"}
+UNREAD = {".parquet", ".arrow", ".bz2", ".xz", ".lz4", ".zip", ".tar"}
 
 
 class BrokenInput(BadInput):
@@ -66,6 +68,16 @@ def find_inputs(pattern: str, option: str = "--input") -> list[Path]:
     return paths
 
 
+def is_plain_text(path: Path) -> bool:
+    """Whether a file is one document as it stands (`.txt`, `.xml`), and not a document a line."""
+    return bool(PLAIN_TEXT & set(path.suffixes))
+
+
+def read_whole(path: Path, on_read: Callable[[int], object] = lambda count: None) -> bytes:
+    """All of a file, decompressed. Raises BrokenInput if it is damaged."""
+    return b"".join(_chunks(path, on_read))
+
+
 def read_lines(
     path: Path, max_line_bytes: int = 1 << 28, on_read: Callable[[int], object] = lambda count: None
 ) -> Iterator[Line]:
@@ -94,6 +106,8 @@ def read_lines(
 
 
 def _chunks(path: Path, on_read: Callable[[int], object]) -> Iterator[bytes]:
+    if path.suffix in UNREAD:
+        raise BadInput(f"{path}: {path.suffix} files are not read; jsonl, jsonl.zst, jsonl.gz, txt and txt.zst are")
     try:
         with path.open("rb") as file:
             told = _Told(file, on_read)

@@ -5,6 +5,7 @@ Work on a file is committed by its `done.json`, written last; a file that turns 
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -22,9 +23,9 @@ from megaboat.data.documents import (
 )
 from megaboat.data.files import sha256_of_file, write_array, write_json, write_whole
 from megaboat.data.pool import Report
-from megaboat.data.reader import BrokenInput, Line, read_lines
+from megaboat.data.reader import BrokenInput, Line, is_plain_text, read_lines, read_whole
 from megaboat.data.shards import check_vocabulary, token_dtype
-from megaboat.data.tokenizer import Tokenizer, open_tokenizer
+from megaboat.data.tokenizer import BYTE_TOKENIZERS, Tokenizer, open_tokenizer
 from megaboat.errors import BadInput
 
 SPLITS = ("train", "val", "test")
@@ -151,10 +152,7 @@ def _spill_lines(job: SpillJob, sha256: str, file: BinaryIO, tally: _Tally, repo
     """Write the tokens of every document, in the order of the lines; fill the tally."""
     tokenizer = open_tokenizer(job.tokenizer)
     try:
-        for line in read_lines(job.path, job.options.max_line_bytes, lambda count: report(count, 0)):
-            document = _accept(job, line, tally)
-            if document is None:
-                continue
+        for line, document in _documents(job, tokenizer, tally, report):
             ids = _encode(tokenizer, document.text, job.options.bos)
             check_vocabulary(ids, tokenizer.vocab_size, f"{job.path}:{line.number}")
             file.write(ids.astype(token_dtype(tokenizer.vocab_size)).tobytes())
@@ -174,6 +172,25 @@ def _spill_lines(job: SpillJob, sha256: str, file: BinaryIO, tally: _Tally, repo
         }
 
 
+def _documents(job: SpillJob, tokenizer: Tokenizer, tally: _Tally, report: Report) -> Iterator[tuple[Line, Document]]:
+    """Every document to keep, with its line. A plain text is one, of the default source or of source "text"."""
+    if not is_plain_text(job.path):
+        for line in read_lines(job.path, job.options.max_line_bytes, lambda count: report(count, 0)):
+            document = _accept(job, line, tally)
+            if document is not None:
+                yield line, document
+        return
+    data = read_whole(job.path, lambda count: report(count, 0))
+    # A byte corpus may be cut within a character, as the customary parts of enwik8 are.
+    errors = "surrogateescape" if tokenizer.name in BYTE_TOKENIZERS else "strict"
+    try:
+        text = data.decode(errors=errors)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{job.path}: invalid UTF-8 at byte {error.start:,}") from None
+    if text.strip():
+        yield Line(1, 0, data), Document(text, job.options.default_source or "text")
+
+
 def _accept(job: SpillJob, line: Line, tally: _Tally) -> Document | None:
     """The line's document, None where it is empty or set aside. Raises BadInput where the options say stop."""
     options = job.options
@@ -188,9 +205,7 @@ def _accept(job: SpillJob, line: Line, tally: _Tally) -> Document | None:
         tally.bad[parsed.reason] += 1
         tally.quarantine.append({"line": line.number, "offset": line.offset, "reason": parsed.reason})
         if len(tally.quarantine) > EARLY_BAD and line.number <= EARLY_DOCUMENTS:
-            raise BadInput(
-                f"{where}: {describe_bad(tally.bad)} among the first {line.number:,} lines; is this a corpus?"
-            )
+            raise BadInput(f"{where}: {describe_bad(tally.bad)} among the first {line.number:,} lines; is this jsonl?")
         return None
     if not parsed.text.strip() and (options.empty == "drop" or not parsed.text):
         tally.empty += 1
@@ -210,7 +225,9 @@ def _encode(tokenizer: Tokenizer, text: str, bos: bool) -> np.ndarray:
 def _row(job: SpillJob, sha256: str, line: Line, document: Document, n_tokens: int, tally: _Tally) -> tuple[int, ...]:
     assert line.data is not None
     content = document.content_hash
-    held_out = job.split == "train" and is_validation(content, job.options.val_per_10k, job.options.split_salt)
+    # A plain text is a corpus of its own: it is held out by naming it, not by chance.
+    divisible = job.split == "train" and not is_plain_text(job.path)
+    held_out = divisible and is_validation(content, job.options.val_per_10k, job.options.split_salt)
     split = "val" if held_out else job.split
     source = document.source or job.options.default_source or ""
     return (
@@ -220,7 +237,7 @@ def _row(job: SpillJob, sha256: str, line: Line, document: Document, n_tokens: i
         content,
         tally.tokens,
         n_tokens,
-        len(document.text.encode()),
+        len(document.data),
         line.offset + len(line.data),
     )
 

@@ -82,7 +82,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as ids: `bytes` has 256 symbols and no eos (enwik8 style), `bytes+eos` adds id 256 for it."""
+    """Bytes as ids: `bytes` has 256 symbols and no eos (enwik8 style), `bytes+eos` adds id 256 for it.
+
+    Texts are encoded in UTF-8; bytes that were decoded with `surrogateescape` come out as they were.
+    """
 
     def __init__(self, name: str):
         self.name = name
@@ -92,7 +95,7 @@ class ByteTokenizer(Tokenizer):
         self.sha256 = self.content_id = hashlib.sha256(f"megaboat {name}".encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+        return np.frombuffer(text.encode(errors="surrogateescape"), dtype=np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megaboat.data.documents import Rejected, parse_line
-from megaboat.data.reader import read_lines
+from megaboat.data.reader import is_plain_text, read_lines, read_whole
 from megaboat.data.tokenizer import Tokenizer, open_tokenizer, split_lines, train_model, trainer_version
 from megaboat.errors import BadInput
 from megaboat.log import get_logger
@@ -83,10 +83,10 @@ def sample_lines(inputs: list[Path], max_lines: int, text_key: str = "text", pro
 
 
 def _texts(inputs: list[Path], text_key: str) -> Iterator[str]:
-    """Texts of every readable document; a .txt file is one document."""
+    """Texts of every readable document; plain text is one document."""
     for path in inputs:
-        if ".txt" in path.suffixes:
-            yield b"\n".join(line.data or b"" for line in read_lines(path)).decode(errors="replace")
+        if is_plain_text(path):
+            yield read_whole(path).decode(errors="replace")
             continue
         for line in read_lines(path):
             parsed = parse_line(line, text_key, text_key)

@@ -2,7 +2,7 @@
 
 examples:
   megaboat data prepare --input 'corpora/pile/*.jsonl.zst' --tokenizer corpora/bpe32k.model --out corpora/pile-32k
-  megaboat data prepare --input corpora/enwik8.jsonl --tokenizer bytes --out corpora/enwik8-bytes
+  megaboat data prepare --input enwik8-train.txt --val enwik8-val.txt --tokenizer bytes --out corpora/enwik8
 """
 
 import argparse
@@ -57,7 +57,7 @@ def _add_prepare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(function=_prepare)
-    parser.add_argument("--input", required=True, metavar="GLOB", help="jsonl, jsonl.zst or jsonl.gz files, quoted")
+    parser.add_argument("--input", required=True, metavar="GLOB", help="jsonl or txt files, perhaps zst or gz, quoted")
     parser.add_argument("--val", metavar="GLOB", help="validation files; without: some documents are held out")
     parser.add_argument("--test", metavar="GLOB", help="test files")
     parser.add_argument(

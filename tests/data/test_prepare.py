@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from megaboat.data.dataset import open_dataset
 from megaboat.data.index import dataset_id
 from megaboat.data.prepare import Request, prepare
 from megaboat.data.shards import CHUNK_TOKENS, Block, doclens_offset, write_shard
@@ -138,3 +139,22 @@ def test_the_index_is_canonical_and_holds_no_floats(tmp_path: Path) -> None:
     index = json.loads(text, parse_float=lambda value: pytest.fail(f"a float in the index: {value}"))
     assert text == json.dumps(index, sort_keys=True, indent=1) + "\n"
     assert str(tmp_path) not in text
+
+
+def test_plain_texts_are_documents_byte_for_byte(tmp_path: Path, tokenizer_file: Path) -> None:
+    """As for enwik8: parts of one file, cut at any byte, given as train, val and test."""
+    data = "".join(real_texts(4)).encode() + "é".encode() * 50
+    cuts = {"train": data[: len(data) - 99], "val": data[len(data) - 99 : -40], "test": data[-40:]}
+    assert cuts["val"][:1] == b"\xa9", "the cut lies within a character"
+    for split, part in cuts.items():
+        (tmp_path / f"{split}.txt").write_bytes(part)
+    inputs = {split: [tmp_path / f"{split}.txt"] for split in cuts}
+    request = Request(inputs, "bytes", tmp_path / "out", PrepareOptions(default_source="enwik8"))
+    prepare(request)
+    dataset = open_dataset(tmp_path / "out")
+    for split, part in cuts.items():
+        source = dataset.source(split, "enwik8")
+        assert source.read(0, source.n_tokens).tobytes() == part
+        assert source.n_docs == 1
+    with pytest.raises(BadInput, match="val.txt: invalid UTF-8 at byte 0"):
+        prepare(Request(inputs, str(tokenizer_file), tmp_path / "bpe"))

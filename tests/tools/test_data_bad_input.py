@@ -260,7 +260,7 @@ def test_too_many_bad_lines_stop_the_run_with_a_table(prepare: Run, tmp_path: Pa
     early = BAD_LINES["not JSON"] * 90 + BAD_LINES["invalid UTF-8"] * 20
     code, said = prepare(early + sound)
     assert (code, refused(tmp_path)) == (2, True)
-    assert "90 lines not JSON, 11 lines invalid UTF-8 among the first 101 lines; is this a corpus?" in said
+    assert "90 lines not JSON, 11 lines invalid UTF-8 among the first 101 lines; is this jsonl?" in said
 
 
 def test_bad_lines_over_all_files_are_counted_together(
@@ -303,3 +303,10 @@ def test_nothing_matches_and_unreadable_folders(prepare: Run, tmp_path: Path, so
     assert prepare(sound, "--workers", "0")[0] == 2
     assert prepare(sound, "--tokenizer", str(tmp_path / "absent.model"))[0] == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["corpus.parquet", "corpus.jsonl.xz", "corpus.jsonl.bz2"])
+def test_formats_that_are_not_read_are_said_so(prepare: Run, tmp_path: Path, sound: bytes, name: str) -> None:
+    code, said = prepare(sound, name=name)
+    assert (code, refused(tmp_path)) == (2, True)
+    assert "files are not read; jsonl, jsonl.zst" in said
