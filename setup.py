@@ -15,6 +15,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["megaboat", "megaboat.*"]),
+    package_data={"megaboat.tools": ["*.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",

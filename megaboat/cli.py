@@ -10,10 +10,16 @@ from megaboat.errors import MegaboatError
 
 # Each module offers add_arguments(parser) and run(args) -> exit code or None.
 COMMANDS = {
-    "train": ("megaboat.tools.train", "train a model; resumes by itself when the run folder holds a checkpoint"),
+    "train": (
+        "megaboat.tools.train",
+        "train a model; resumes by itself when the run folder holds a checkpoint",
+    ),
     "eval": ("megaboat.tools.evaluate", "nll, perplexity and bits per byte of a run, domain by domain"),
     "data": ("megaboat.tools.data", "prepare, verify and describe token shards"),
+    "report": ("megaboat.tools.report", "pictures of a run and one offline page that explains them"),
     "tokenizer": ("megaboat.tools.tokenizer", "train a sentencepiece tokenizer"),
+    "bench": ("megaboat.tools.bench", "measure the data path and the kernels beside their peers"),
+    "doctor": ("megaboat.tools.doctor", "what is installed, what is missing and how to get it"),
 }
 
 

@@ -1,0 +1,130 @@
+"""From a config to a trainer: open the data, build or restore the model, start DeepSpeed."""
+
+import shutil
+
+import torch
+
+from megaboat.config import dump_config
+from megaboat.data.dataset import Dataset, open_dataset
+from megaboat.data.ledger import Ledger
+from megaboat.data.loader import Loader
+from megaboat.engine.checkpoint import Checkpoint, find_checkpoint, load_weights
+from megaboat.engine.deepspeed import Engine, connect
+from megaboat.engine.evaluate import documents
+from megaboat.engine.hooks import Hook, JsonLines, ProgressBar, TensorBoard
+from megaboat.engine.ranks import Ranks
+from megaboat.engine.run_config import RunConfig
+from megaboat.engine.trainer import Trainer
+from megaboat.errors import BadInput
+from megaboat.log import get_logger
+from megaboat.model.build import LanguageModel, build_model
+from megaboat.model.seqboat import SeqBoat
+
+CALIBRATION_TOKENS = 16384
+
+
+def open_run(config: RunConfig, ranks: Ranks) -> Trainer:
+    """A trainer at step 0, or at the newest whole checkpoint of `train.out`.
+
+    Raises BadInput where config, data, checkpoint and ranks do not fit together, DamagedData for what is not as its
+    index or manifest says; nothing is written before these checks.
+    """
+    config.check_world(ranks.size)
+    dataset = _open_data(config)
+    config = _with_vocabulary(config, dataset)
+    root = config.train.out / "checkpoints"
+    connect(ranks)
+    checkpoint = _agreed_checkpoint(config, ranks)
+    if checkpoint is not None:
+        dataset.check_tokenizer(checkpoint.state["tokenizer"]["content_id"], str(checkpoint.folder))
+    step = checkpoint.state["step"] if checkpoint else 0
+    loader = Loader(
+        config.data,
+        dataset,
+        config.train.global_batch,
+        ranks.rank,
+        ranks.size,
+        consumed_windows=checkpoint.state["data"]["consumed_windows"] if checkpoint else 0,
+        total_windows=config.train.steps * config.train.global_batch,
+    )
+    model = build_model(config.model, config.train.seed)
+    if checkpoint is not None:
+        loader.check_resume(checkpoint.state["data"])
+        load_weights(model, checkpoint.model(), str(checkpoint.folder))
+    model.checkpoint_activations = config.train.checkpoint_activations
+    model.to(ranks.device)
+    if checkpoint is None:
+        _calibrate(model, config, dataset, ranks)
+    engine = Engine(model, config, ranks)
+    if checkpoint is not None:
+        engine.set_moments(checkpoint.optimizer(), step)
+        get_logger().info("resumed %s at step %d", root.parent, step)
+    if ranks.is_first:
+        _write_run_folder(config, dataset)
+    ranks.barrier()
+    ledger = Ledger(config.train.out / "data_ledger.jsonl") if ranks.is_first else None
+    return Trainer(config, ranks, dataset, engine, loader, ledger, _hooks(config, ranks), step)
+
+
+def _open_data(config: RunConfig) -> Dataset:
+    if config.data.path is None:
+        raise BadInput("data.path is not set: name the folder that `megaboat data prepare` wrote")
+    return open_dataset(config.data.path, config.data.verify)
+
+
+def _with_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The config with `model.vocab_size` filled in from the dataset, or refused where it is too small."""
+    configured = config.model.vocab_size
+    if configured is not None and configured < dataset.vocab_size:
+        raise BadInput(
+            f"model.vocab_size {configured} is smaller than the vocabulary of {dataset.path} ({dataset.vocab_size}); "
+            "leave it out to take the dataset's"
+        )
+    model = config.model.model_copy(update={"vocab_size": configured or dataset.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint that rank 0 found whole; hashing it once is enough."""
+    root = config.train.out / "checkpoints"
+    found, failure = None, None
+    if ranks.is_first:
+        try:
+            found = find_checkpoint(root)
+        except Exception as error:
+            failure = error
+    folder, failure = ranks.gather_objects((found.folder if found else None, failure))[0]
+    if failure is not None:
+        raise failure
+    return Checkpoint(folder) if folder else None
+
+
+@torch.no_grad()
+def _calibrate(model: LanguageModel, config: RunConfig, dataset: Dataset, ranks: Ranks) -> None:
+    """Every rank calibrates on the same first windows, whatever the number of ranks; rank 0's result is taken."""
+    if not isinstance(model, SeqBoat) or not model.config.calibrate:
+        return
+    rows = -(-CALIBRATION_TOKENS // config.data.seq_len)
+    loader = Loader(config.data, dataset, rows)
+    batch = next(loader).to(ranks.device)
+    loader.close()
+    model.calibrate(batch.tokens_BT, documents(batch))
+    for buffer in model.buffers():  # DeepSpeed broadcasts parameters, not buffers
+        ranks.broadcast(buffer)
+
+
+def _write_run_folder(config: RunConfig, dataset: Dataset) -> None:
+    out = config.train.out
+    out.mkdir(parents=True, exist_ok=True)
+    dump_config(config, out / "config.yaml")
+    if dataset.tokenizer_path is not None:
+        shutil.copyfile(dataset.tokenizer_path, out / "tokenizer.model")
+
+
+def _hooks(config: RunConfig, ranks: Ranks) -> list[Hook]:
+    if not ranks.is_first:
+        return []
+    hooks: list[Hook] = [ProgressBar(), JsonLines(config.train.out)]
+    if config.train.tensorboard:
+        hooks.append(TensorBoard(config.train.out / "tensorboard"))
+    return hooks

@@ -1,0 +1,152 @@
+"""The door to DeepSpeed: no other file imports it.
+
+Parameters are fp32 whatever the precision of training; bf16 is DeepSpeed's `torch_autocast`, since its bf16 mode would
+cast EMA and configurator parameters too. Optimizer states are read and written as full named tensors, so that a
+checkpoint does not depend on the ZeRO stage or the number of ranks that wrote it.
+"""
+
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from megaboat.engine.optim import parameter_groups
+from megaboat.engine.ranks import Ranks
+from megaboat.engine.run_config import RunConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def connect(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Start the process group: NCCL on GPUs, gloo on CPUs. Addresses come from the environment (`engine.ranks`)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Or DeepSpeed would compile a shared-memory all-reduce for CPUs: a minute of C++, and no compiler may be there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+class Engine:
+    """A model under DeepSpeed with AdamW: forward, backward, step, and its state as full named tensors."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
+        micro_steps = config.train.global_batch // (config.train.micro_batch * ranks.size)
+        groups = parameter_groups(model, config.optim.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=ranks.device.type == "cuda"
+        )
+        self.stage = config.parallel.zero
+        self.names = dict(model.named_parameters())
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=_settings(config, micro_steps), dist_init_required=False
+        )
+        self._create_states(updates=0)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model. Under ZeRO-3 its parameters are whole only while a forward pass of the engine uses them."""
+        return self._engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def train(self, on: bool = True) -> None:
+        self._engine.train(on)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`; DeepSpeed averages over ranks, and nothing else scales it."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """After the last micro-batch of a step: clip, update, clear. Returns the gradient's norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._norm_without_zero() if self.stage == 0 else None
+        self._engine.step()
+        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+
+    def next_micro_batch(self) -> None:
+        """After a micro-batch that is not the last one of its step: DeepSpeed counts them in `step`."""
+        self._engine.step()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The full gradient of each parameter after the last micro-batch, before `step`. For tests."""
+        for name, parameter in self.names.items():
+            yield name, safe_get_full_grad(parameter)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter in full, fp32. All ranks take part, one parameter after the other."""
+        for name, parameter in self.names.items():
+            yield name, parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's two moments in full, under `exp_avg.NAME` and `exp_avg_sq.NAME`. All ranks take part."""
+        for name, parameter in self.names.items():
+            for key in MOMENTS:
+                if self.stage == 0:
+                    yield f"{key}.{name}", self._optimizer.state[parameter][key]
+                else:
+                    yield f"{key}.{name}", safe_get_full_optimizer_state(parameter, key)
+
+    def set_moments(self, full: Any, updates: int) -> None:
+        """Take the moments from `full[name]` (tensors as `moments` gives them) after `updates` steps of AdamW."""
+        self._create_states(updates)
+        for name, parameter in self.names.items():
+            for key in MOMENTS:
+                value = full[f"{key}.{name}"]
+                if self.stage == 0:
+                    self._optimizer.state[parameter][key].copy_(value)
+                elif self.stage == 3:
+                    safe_set_local_optimizer_state(parameter, _own_slice(parameter, value), key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+    def _create_states(self, updates: int) -> None:
+        """Make AdamW's state, as its first step would: too late to load one, and DeepSpeed 0.19.8 links the state of
+        all groups after the step of the first."""
+        inner = self._optimizer if self.stage == 0 else self._optimizer.optimizer
+        if self.stage == 0:
+            holders = list(self.names.values())
+        elif self.stage == 3:
+            holders = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            holders = self._optimizer.single_partition_of_fp32_groups
+        for holder in holders:
+            step = torch.tensor(float(updates), device=holder.device if inner.defaults["fused"] else "cpu")
+            inner.state[holder] = {"step": step} | {key: torch.zeros_like(holder) for key in MOMENTS}
+        if self.stage in (1, 2):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _norm_without_zero(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self.names.values() if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+
+def _own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's part of a tensor under ZeRO-3: equal slices of the flattened tensor, zeros past its end."""
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    mine = value.flatten()[rank * size : (rank + 1) * size]
+    return nn.functional.pad(mine, (0, size - len(mine))).to(parameter.ds_tensor.device)  # type: ignore[attr-defined]
+
+
+def _settings(config: RunConfig, micro_steps: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": config.optim.clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": config.parallel.zero},
+        "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
+    }

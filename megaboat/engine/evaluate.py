@@ -1,0 +1,74 @@
+"""Held-out text, domain by domain: nll, perplexity, bits per byte and activation, the same at every world size."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaboat.data.batch import IGNORE, Batch
+from megaboat.data.config import DataConfig
+from megaboat.data.dataset import Dataset
+from megaboat.data.evaluation import evaluation_batches
+from megaboat.engine.ranks import Ranks
+from megaboat.layers.documents import Documents
+from megaboat.model.seqboat import ModelOutput
+
+Forward = Callable[..., ModelOutput]
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Forward,
+    config: DataConfig,
+    dataset: Dataset,
+    ranks: Ranks,
+    rows: int,
+    max_tokens: int | None = None,
+    split: str = "val",
+) -> dict[str, Any]:
+    """`{"split", "domains": {source: figures}, "overall": figures}` with nll in nats a token, perplexity,
+    bits_per_byte, tokens, bytes and activation_ratio (a list, by layer).
+
+    `forward` is the model in evaluation mode, or the engine around it. Up to `max_tokens` of each source are read.
+    """
+    sums = {}
+    for source in dataset.splits.get(split, []):
+        total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+        for batch in evaluation_batches(config, dataset, split, source, rows, ranks.rank, ranks.size, max_tokens):
+            part = _sums(forward, batch.to(ranks.device))
+            total = total + part
+        text = dataset.source(split, source)
+        sums[source] = (ranks.sum(total).tolist(), text.n_text_bytes / max(1, text.n_tokens))
+    domains = {source: _figures(total, total[1] * bytes_a_token) for source, (total, bytes_a_token) in sums.items()}
+    whole = [sum(column) for column in zip(*(total for total, _ in sums.values()), strict=True)]
+    overall = _figures(whole, sum(figures["bytes"] for figures in domains.values()))
+    return {"split": split, "domains": domains, "overall": overall}
+
+
+def documents(batch: Batch) -> Documents:
+    """The batch's document borders as the model takes them."""
+    return Documents.packed(batch.positions_BT, batch.cu_seqlens)
+
+
+def _sums(forward: Forward, batch: Batch) -> Tensor:
+    """nll, scored tokens, then activations of each layer over scored tokens."""
+    output = forward(batch.tokens_BT, documents(batch), batch.targets_BT, per_token=True)
+    assert output.nll is not None, "targets were given"
+    scored = batch.targets_BT != IGNORE
+    active = [(routing.active_XM & scored.flatten()[:, None]).float().mean(1).sum() for routing in output.routings]
+    return torch.stack([output.nll.sum(), scored.sum(), *active]).double()
+
+
+def _figures(total: list[float], text_bytes: float) -> dict[str, Any]:
+    nll_sum, tokens, *active = total
+    nll = nll_sum / max(1.0, tokens)
+    return {
+        "nll": nll,
+        "perplexity": math.exp(min(nll, 700.0)),
+        "bits_per_byte": nll_sum / math.log(2) / max(1.0, text_bytes),
+        "tokens": int(tokens),
+        "bytes": round(text_bytes),
+        "activation_ratio": [count / max(1.0, tokens) for count in active],
+    }

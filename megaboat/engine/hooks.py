@@ -1,0 +1,116 @@
+"""What hangs on the training loop without being training: progress bar, metrics file, TensorBoard. Rank 0 only."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Metrics = dict[str, Any]
+
+
+class Hook:
+    """Does nothing at each moment of a run; a hook overrides the moments that it cares for."""
+
+    def on_start(self, step: int, steps: int) -> None:
+        """Before the first step of this process; `step` steps were done before."""
+
+    def on_step(self, metrics: Metrics) -> None:
+        """After each optimizer step, with the object that goes to metrics.jsonl."""
+
+    def on_evaluation(self, step: int, result: Metrics) -> None:
+        """After each evaluation, with `evaluate.evaluate`'s result."""
+
+    def on_end(self) -> None:
+        """After the last step of this process, also when it failed."""
+
+
+class ProgressBar(Hook):
+    """One line in the terminal: steps, time left, loss, activation, tokens a second."""
+
+    def on_start(self, step: int, steps: int) -> None:
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def on_step(self, metrics: Metrics) -> None:
+        shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": _thousands(metrics["tokens_per_second"])}
+        if metrics["activation_ratio"]:
+            shown["active"] = f"{sum(metrics['activation_ratio']) / len(metrics['activation_ratio']):.2f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def on_evaluation(self, step: int, result: Metrics) -> None:
+        overall = result["overall"]
+        tqdm.write(
+            f"step {step}: held out {overall['bits_per_byte']:.4f} bits per byte, nll {overall['nll']:.4f}",
+            file=sys.stderr,
+        )
+
+    def on_end(self) -> None:
+        self._bar.close()
+
+
+class JsonLines(Hook):
+    """`metrics.jsonl` and `evaluation.jsonl`, one object a line; a resumed run drops the steps that it repeats."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = {"metrics": folder / "metrics.jsonl", "evaluation": folder / "evaluation.jsonl"}
+
+    def on_start(self, step: int, steps: int) -> None:
+        for path in self._paths.values():
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(path)
+        self._files = {name: path.open("a") for name, path in self._paths.items()}
+
+    def on_step(self, metrics: Metrics) -> None:
+        self._write("metrics", metrics)
+
+    def on_evaluation(self, step: int, result: Metrics) -> None:
+        self._write("evaluation", result)
+
+    def on_end(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _write(self, name: str, value: Metrics) -> None:
+        self._files[name].write(json.dumps(value) + "\n")
+        self._files[name].flush()
+
+
+class TensorBoard(Hook):
+    """Curves in `tensorboard/`; a resumed run purges the steps that it repeats."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_start(self, step: int, steps: int) -> None:
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+
+    def on_step(self, metrics: Metrics) -> None:
+        step = metrics["step"]
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(f"train/{name}", value, step)
+        for layer, ratio in enumerate(metrics["activation_ratio"]):
+            self._writer.add_scalar(f"activation/layer_{layer:02d}", ratio, step)
+
+    def on_evaluation(self, step: int, result: Metrics) -> None:
+        for name, domain in {**result["domains"], "overall": result["overall"]}.items():
+            self._writer.add_scalar(f"bits_per_byte/{name}", domain["bits_per_byte"], step)
+
+    def on_end(self) -> None:
+        self._writer.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file; what a killed writer left unfinished is dropped."""
+    if not path.exists():
+        return []
+    return path.read_text().split("\n")[:-1]
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"

@@ -1,0 +1,115 @@
+"""What a step did, summed over micro-batches and ranks, and the figures made of it."""
+
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaboat.data.batch import IGNORE, Batch
+from megaboat.engine.ranks import Ranks
+from megaboat.engine.run_config import RunConfig
+from megaboat.model.config import SeqBoatConfig
+from megaboat.model.flops import Work, count_work, forward_flops, llama_flops, peak_flops
+from megaboat.model.seqboat import ModelOutput
+
+
+@dataclass(frozen=True)
+class GlobalSums:
+    """A step's sums over all ranks."""
+
+    nll: float
+    targets: float
+    tokens: int
+    work: Work
+    """Active rows and pairs by layer and module; empty for a dense model."""
+    imbalance: float
+    """Active rows of the busiest rank over the mean of ranks."""
+    crcs: list[int]
+    """Of each window of the global batch, in order."""
+    signal: str | None
+    """A signal that some rank received."""
+
+
+class StepSums:
+    """Sums over the micro-batches of this rank, kept on the device: one gather a step brings them to the host."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._model = config.model
+        self._parts: list[Tensor] = []
+        self._tokens = 0
+
+    def add(self, output: ModelOutput, batch: Batch) -> None:
+        """Count a micro-batch: nll, targets, and the work of each layer."""
+        assert output.nll is not None, "targets were given"
+        figures = [output.nll.detach().double(), (batch.targets_BT != IGNORE).sum().double()]
+        if isinstance(self._model, SeqBoatConfig):
+            active_LXM = torch.stack([routing.active_XM for routing in output.routings])
+            work = count_work(active_LXM, batch.cu_seqlens, self._model.window)
+            figures += [*work.rows_LM.double().flatten(), *work.pairs_LM.double().flatten()]
+        self._parts.append(torch.stack(figures))
+        self._tokens += batch.tokens_BT.numel()
+
+    def gather(self, ranks: Ranks, crcs: tuple[int, ...], received: str | None) -> GlobalSums:
+        """One collective: sums, crcs and the wish to stop of all ranks. Floats of 64 bits hold them all exactly."""
+        mine = torch.stack(self._parts).sum(0)
+        number = float(signal.Signals[received]) if received else 0.0
+        tail = torch.tensor([self._tokens, number, *crcs], dtype=torch.float64, device=mine.device)
+        everyone = ranks.gather(torch.cat([mine, tail])[None]).cpu()
+        sums, tails = everyone[:, : len(mine)], everyone[:, len(mine) :]
+        total = sums.sum(0)
+        shape = self._shape()
+        rows, pairs = total[2:].view(2, *shape)
+        busy = sums[:, 2 : 2 + rows.numel()].sum(1)
+        signals = tails[:, 1].long().tolist()
+        return GlobalSums(
+            nll=float(total[0]),
+            targets=float(total[1]),
+            tokens=int(tails[:, 0].sum()),
+            work=Work(rows, pairs),
+            imbalance=float(busy.max() / busy.mean()) if busy.sum() > 0 else 1.0,
+            crcs=[int(crc) for crc in tails[:, 2:].flatten().tolist()],
+            signal=next((signal.Signals(number).name for number in signals if number), None),
+        )
+
+    def _shape(self) -> tuple[int, int]:
+        if isinstance(self._model, SeqBoatConfig):
+            return self._model.layers, self._model.modules
+        return 0, 1
+
+
+def step_metrics(
+    config: RunConfig,
+    sums: GlobalSums,
+    step: int,
+    lr: float,
+    grad_norm: float,
+    seconds: float,
+    waited: float,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """The object of `metrics.jsonl`: see the README's table of its keys."""
+    peak = peak_flops(ranks.device) if config.train.precision == "bf16" else None
+    useful = 3 * _forward_flops(config, sums)
+    return {
+        "step": step,
+        "loss": sums.nll / max(1.0, sums.targets),
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens": step * config.train.global_batch * config.data.seq_len,
+        "tokens_per_second": sums.tokens / seconds,
+        "step_time": seconds,
+        "data_wait": waited,
+        "flops_per_token": useful / sums.tokens,
+        "mfu": useful / seconds / ranks.size / peak if peak else None,
+        "activation_ratio": (sums.work.rows_LM.mean(1) / sums.tokens).tolist(),
+        "imbalance": sums.imbalance,
+        "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else None,
+    }
+
+
+def _forward_flops(config: RunConfig, sums: GlobalSums) -> float:
+    if isinstance(config.model, SeqBoatConfig):
+        return forward_flops(config.model, sums.tokens, sums.work)
+    return llama_flops(config.model, sums.tokens, config.data.row_len or config.data.seq_len)

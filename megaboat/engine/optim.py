@@ -1,0 +1,60 @@
+"""Parameter groups for AdamW and learning-rate schedules as pure functions of the step."""
+
+import math
+from typing import Literal
+
+import pydantic
+from torch import nn
+
+from megaboat.config import Section
+
+
+class OptimConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: float = pydantic.Field(1e-3, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = pydantic.Field(1e-8, gt=0)
+    weight_decay: float = pydantic.Field(0.1, ge=0)
+    """On weight matrices only: not on biases, norms, gains, EMA coefficients and temperatures."""
+    clip: float = pydantic.Field(1.0, ge=0)
+    """Largest norm of the gradient; 0: no clipping."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """wsd: warm-up, stable, then linear decay over the last `decay` of the run."""
+    warmup: float = pydantic.Field(0.05, ge=0, lt=1)
+    """Share of the run in which the rate rises from 0."""
+    decay: float = pydantic.Field(0.2, gt=0, le=1)
+    """wsd only: share of the run in which the rate falls."""
+    final: float = pydantic.Field(0.1, ge=0, le=1)
+    """Rate at the end, as a share of `lr`."""
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The rate of step `step` (the first is 0) in a run of `steps`."""
+    warmup = config.warmup * steps
+    if step + 1 < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = min(1.0, (step + 1 - warmup) / max(1.0, steps - warmup))
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "cosine":
+        level = 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.schedule == "linear":
+        level = 1 - progress
+    else:
+        level = min(1.0, (steps - step - 1) / (config.decay * steps))
+    return config.lr * (config.final + (1 - config.final) * level)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups of AdamW: the matrices of linear maps and embeddings decay, everything else does not."""
+    matrices = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "weight" and parameter.ndim == 2
+    }
+    decayed = [p for p in model.parameters() if id(p) in matrices]
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,64 @@
+"""A run's whole configuration: the sections of all floors composed, and the checks that need more than one of them."""
+
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from megaboat.config import Section
+from megaboat.data.config import DataConfig
+from megaboat.engine.optim import OptimConfig
+from megaboat.errors import BadInput
+from megaboat.model.config import ModelConfig, SeqBoatConfig
+
+
+class TrainConfig(Section):
+    """Length, batch, precision, and what is written when."""
+
+    out: Path = Path("runs/default")
+    """The run folder; a checkpoint in it is resumed."""
+    steps: int = pydantic.Field(1000, gt=0)
+    global_batch: int = pydantic.Field(32, gt=0)
+    """Rows of `data.seq_len` tokens in one optimizer step, over all ranks."""
+    micro_batch: int = pydantic.Field(8, gt=0)
+    """Rows that one rank puts through the model at a time; the rest is accumulated."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: parameters, EMA and configurator stay in fp32, matrix products and activations are bf16."""
+    seed: int = 0
+    checkpoint_activations: bool = False
+    """Recompute each block in the backward pass, with the decisions of the forward pass."""
+    eval_every: int = pydantic.Field(200, ge=0)
+    """Steps between evaluations; 0: only at the end."""
+    eval_tokens: int = pydantic.Field(65536, gt=0)
+    """Tokens of each source in an evaluation during training; the last one reads everything."""
+    save_every: int = pydantic.Field(200, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = pydantic.Field(2, gt=0)
+    """Checkpoints that stay on disk."""
+    tensorboard: bool = True
+
+
+class ParallelConfig(Section):
+    """How the work is cut."""
+
+    zero: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed's stage: 1 cuts optimizer states over the ranks, 2 gradients too, 3 parameters too."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    model: ModelConfig = SeqBoatConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    def check_world(self, data_parallel: int) -> None:
+        """Raises BadInput when the batch cannot be dealt to the ranks."""
+        rows = data_parallel * self.train.micro_batch
+        if self.train.global_batch % rows:
+            raise BadInput(
+                f"train.global_batch {self.train.global_batch} is not a multiple of {data_parallel} ranks x "
+                f"train.micro_batch {self.train.micro_batch}; set global_batch to a multiple of {rows}"
+            )

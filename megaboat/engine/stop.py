@@ -1,0 +1,38 @@
+"""Asked to stop: signals set a flag that the training loop reads at each step, to save a checkpoint first."""
+
+import json
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+# What a scheduler does with a stopped run: `requeue` wants to go on, `fatal` would fail again.
+Outcome = Literal["done", "requeue", "fatal"]
+
+
+class StopRequest:
+    """Catches SIGTERM, SIGUSR1 and the first Ctrl-C; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> "StopRequest":
+        watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._catch) for number in watched}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def write_outcome(folder: Path, outcome: Outcome, step: int, reason: str) -> None:
+    """`outcome.json`: what became of the run, for whoever started it (an exit code does not reach them all)."""
+    temporary = folder / "outcome.json.tmp"
+    temporary.write_text(json.dumps({"outcome": outcome, "step": step, "reason": reason}) + "\n")
+    temporary.replace(folder / "outcome.json")

@@ -1,0 +1,155 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaboat.data.batch import IGNORE, Batch
+from megaboat.data.dataset import Dataset
+from megaboat.data.ledger import Ledger, step_crc
+from megaboat.data.loader import Loader
+from megaboat.engine.checkpoint import save_checkpoint
+from megaboat.engine.deepspeed import Engine
+from megaboat.engine.evaluate import documents, evaluate
+from megaboat.engine.hooks import Hook
+from megaboat.engine.metrics import StepSums, step_metrics
+from megaboat.engine.optim import learning_rate
+from megaboat.engine.ranks import Ranks
+from megaboat.engine.run_config import RunConfig
+from megaboat.engine.stop import Outcome, StopRequest
+from megaboat.errors import Diverged
+
+
+class Trainer:
+    """One run on this rank. `build.open_run` puts it together, new or resumed."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        dataset: Dataset,
+        engine: Engine,
+        loader: Loader,
+        ledger: Ledger | None,
+        hooks: Sequence[Hook],
+        step: int,
+    ) -> None:
+        self.config, self.ranks, self.dataset = config, ranks, dataset
+        self.engine, self.loader, self.ledger, self.hooks = engine, loader, ledger, hooks
+        self.step = step
+        self._last_crc = 0
+        self._saved = step
+
+    def fit(self) -> tuple[Outcome, str]:
+        """Train to the last step, or until a signal asks to stop. Returns what became of the run, and why."""
+        train = self.config.train
+        for hook in self.hooks:
+            hook.on_start(self.step, train.steps)
+        try:
+            with StopRequest() as stop:
+                while self.step < train.steps:
+                    received = self.train_step(stop)
+                    if received or _due(self.step, train.save_every):
+                        self.save()
+                    if received:
+                        return "requeue", f"stopped by {received}"
+                    if _due(self.step, train.eval_every) and self.step < train.steps:
+                        self.evaluate(train.eval_tokens)
+            self.save()
+            self.evaluate(None)
+            return "done", f"{train.steps} steps"
+        finally:
+            for hook in self.hooks:
+                hook.on_end()
+            self.loader.close()
+
+    def train_step(self, stop: StopRequest) -> str | None:
+        """One optimizer step on one global batch. Returns the name of a signal that any rank received."""
+        started = time.perf_counter()
+        batch = next(self.loader)
+        waited = time.perf_counter() - started
+        torch.manual_seed(
+            hash((self.config.train.seed, self.step, self.ranks.rank))
+        )  # dropout, the same after a resume
+        sums = self._forward_backward(batch)
+        lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
+        everyone = sums.gather(self.ranks, batch.crcs, stop.received)
+        if not math.isfinite(everyone.nll):
+            raise Diverged(
+                f"step {self.step + 1}: the loss is {everyone.nll}; windows {self.loader.consumed_windows} and before "
+                f"are suspect; the last checkpoint is of step {self._saved}; try a lower optim.lr"
+            )
+        grad_norm = self.engine.step(lr)
+        self.step += 1
+        self._record(everyone, lr, grad_norm, time.perf_counter() - started, waited)
+        return everyone.signal
+
+    def _forward_backward(self, batch: Batch) -> StepSums:
+        """Gradients of the mean loss over the targets of all ranks: normalised by the global count, never per rank."""
+        self.engine.train()
+        targets = self.ranks.sum((batch.targets_BT != IGNORE).sum().to(self.ranks.device))
+        scale = self.ranks.size / targets  # DeepSpeed divides the sum over ranks by their number
+        sums = StepSums(self.config)
+        parts = batch.micro_batches(self.config.train.micro_batch)
+        for i, part in enumerate(parts):
+            part = part.to(self.ranks.device)
+            output = self.engine(part.tokens_BT, documents(part), part.targets_BT)
+            self.engine.backward(output.nll * scale)
+            sums.add(output, part)
+            if i + 1 < len(parts):
+                self.engine.next_micro_batch()
+        return sums
+
+    def evaluate(self, max_tokens: int | None) -> dict[str, Any]:
+        """Held-out figures of the present model, handed to the hooks."""
+        self.engine.train(False)
+        rows = self.config.train.micro_batch
+        result = evaluate(self.engine, self.config.data, self.dataset, self.ranks, rows, max_tokens)
+        result = {"step": self.step, **result}
+        for hook in self.hooks:
+            hook.on_evaluation(self.step, result)
+        return result
+
+    def save(self) -> None:
+        """Commit a checkpoint of the present step, unless there is one."""
+        if self._saved == self.step:
+            return
+        tokenizer = self.dataset.index["tokenizer"]
+        state = {
+            "step": self.step,
+            "tokens": self.loader.consumed_windows * self.config.data.seq_len,
+            "data": self.loader.state(self.step, self._last_crc),
+            "tokenizer": {"name": tokenizer["name"], "content_id": tokenizer["content_id"]},
+            "vocab_size": self.dataset.vocab_size,
+        }
+        save_checkpoint(
+            self.config.train.out / "checkpoints",
+            self._named_model(),
+            self.engine.moments(),
+            state,
+            self.config,
+            self.config.train.keep,
+            self.ranks,
+        )
+        self._saved = self.step
+
+    def _named_model(self) -> "list[tuple[str, Tensor]] | Any":
+        yield from self.engine.weights()
+        yield from self.engine.module.named_buffers()
+
+    def _record(self, everyone: Any, lr: float, grad_norm: float, seconds: float, waited: float) -> None:
+        self._last_crc = step_crc(everyone.crcs)
+        if self.ledger is not None:
+            first = self.loader.consumed_windows - self.config.train.global_batch
+            self.ledger.append(self.step, first, self._last_crc)
+        metrics = step_metrics(self.config, everyone, self.step, lr, grad_norm, seconds, waited, self.ranks)
+        for hook in self.hooks:
+            hook.on_step(metrics)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
