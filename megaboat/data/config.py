@@ -42,3 +42,5 @@ class DataConfig(Section):
     """Do not score a document's first token, which nothing in its own document predicts."""
     verify: Literal["lazy", "full", "off"] = "lazy"
     """Check crcs at first touch, all of them at the start, or never."""
+    accept_change: bool = False
+    """Go on from a checkpoint of another dataset or order, from the same window number; said in the log."""

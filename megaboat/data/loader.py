@@ -18,6 +18,7 @@ from megaboat.data.dataset import Dataset
 from megaboat.data.ledger import step_crc
 from megaboat.data.plan import TRAIN, check_epochs, make_order, row_length
 from megaboat.errors import BadInput, DamagedData
+from megaboat.log import get_logger
 
 STATE_FORMAT = "megaboat-data/1"
 PREFETCH = 4
@@ -92,7 +93,8 @@ class Loader:
         """Refuse to go on from `state` with other data. The loader must stand at its consumed_windows.
 
         Raises BadInput when dataset, order or cursor are not those of the checkpoint, DamagedData when its own
-        counts are wrong or the last batch, read again, is not what it was.
+        counts are wrong or the last batch, read again, is not what it was. With data.accept_change another dataset
+        or order is taken, with a warning: windows from the cursor on are then those of the new order.
         """
         n = self.consumed_windows
         mine = {"format": STATE_FORMAT, "dataset_id": self.dataset.dataset_id, "plan_id": self.order.plan_id(n)}
@@ -101,11 +103,20 @@ class Loader:
             "dataset_id": f"{self.dataset.path} is not the dataset it was trained on",
             "plan_id": "data.weights, seq_len, seed, shuffle or a phase behind the cursor changed",
         }
-        for key, value in mine.items():
-            if state.get(key) != value:
-                raise BadInput(f"the checkpoint cannot go on with this data: {reasons[key]} ({key} {state.get(key)!r})")
+        changed = [key for key, value in mine.items() if state.get(key) != value]
+        if changed and not (self.config.accept_change and "format" not in changed):
+            key = changed[0]
+            raise BadInput(
+                f"the checkpoint cannot go on with this data: {reasons[key]} ({key} {state.get(key)!r}); "
+                "data.accept_change=true goes on all the same"
+            )
         if state["consumed_windows"] != n:
             raise BadInput(f"the checkpoint stands at window {state['consumed_windows']:,}, the loader at {n:,}")
+        if changed:
+            get_logger().warning(
+                "other data from window %s on: %s", f"{n:,}", "; ".join(reasons[key] for key in changed)
+            )
+            return
         ordinals = dict(zip(self.source_names, self.order.drawn(n), strict=True))
         if state["source_ordinals"] != ordinals:
             raise DamagedData(f"the checkpoint counts {state['source_ordinals']}, its order gives {ordinals}")

@@ -34,24 +34,35 @@ def run_jobs(
         return
     context = multiprocessing.get_context("spawn")  # forking a process that has threads is not safe
     counters = (context.Value("q"), context.Value("q"))
-    queue = iter(jobs)
-    running: dict[Future[Any], Job] = {}
     with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), counters)) as pool:
         try:
-            while True:
-                for job in itertools.islice(queue, 2 * workers - len(running)):
-                    running[pool.submit(_work, function, job)] = job
-                if not running:
-                    break
-                finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
-                _show(bar, counters[0].value, counters[1].value)
-                for future in finished:
-                    yield running.pop(future), future.result()
+            yield from _run_there(pool, function, jobs, 2 * workers, bar, counters)
         except BrokenProcessPool:
             raise BadInput("a worker process was killed, perhaps for want of memory; try fewer --workers") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    _show(bar, counters[0].value, counters[1].value)
+
+
+def _run_there(
+    pool: ProcessPoolExecutor,
+    function: Callable[[Job, Report], Result],
+    jobs: Iterable[Job],
+    at_once: int,
+    bar: tqdm,
+    counters: tuple[Any, Any],
+) -> Iterator[tuple[Job, Result | MegaboatError]]:
+    """Keep a few jobs with the pool, as jobs may be large and many."""
+    queue = iter(jobs)
+    running: dict[Future[Any], Job] = {}
+    while True:
+        for job in itertools.islice(queue, at_once - len(running)):
+            running[pool.submit(_work, function, job)] = job
+        if not running:
+            return
+        finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+        _show(bar, counters[0].value, counters[1].value)
+        for future in finished:
+            yield running.pop(future), future.result()
 
 
 def _run_here(

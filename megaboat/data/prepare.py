@@ -186,16 +186,23 @@ def _commit(
     if model is not None:
         write_whole(out / TOKENIZER_FILE, lambda file: file.write(model))
     index = build_index(out, tokenizer, request.options.model_dump(), names, inputs, shards)
-    wanted = {record.file for split in shards.values() for records in split.values() for record in records}
-    for split in SPLITS:
-        for path in (out / split).glob("*.tar*"):
-            if f"{split}/{path.name}" not in wanted:
-                path.unlink()
+    _clear_leftovers(out, index)
     for split in index["splits"]:
         sync_folder(out / split)
     write_json(out / INDEX_FILE, index)
     shutil.rmtree(out / WORK_FOLDER)
     return index
+
+
+def _clear_leftovers(out: Path, index: dict[str, Any]) -> None:
+    """Drop what killed runs and other plans left among the files that the index names."""
+    entries = [entry for sources in index["splits"].values() for entry in sources.values()]
+    wanted = {shard["file"] for entry in entries for shard in entry["shards"]}
+    wanted |= {entry[key] for entry in entries for key in ("blocks_file", "crc_file")}
+    patterns = ("*.tmp*", "blocks-*.npy", "crc-*.npy", *(f"{split}/*.tar*" for split in SPLITS))
+    for path in [path for pattern in patterns for path in out.glob(pattern)]:
+        if path.relative_to(out).as_posix() not in wanted:
+            path.unlink(missing_ok=True)
 
 
 def _input_entry(split: str, name: str, record: dict[str, Any], duplicates: int) -> dict[str, Any]:

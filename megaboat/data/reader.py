@@ -29,14 +29,14 @@ class BrokenInput(BadInput):
     those of the frames before when a checksum failed.
     """
 
-    def __init__(self, path: Path, reason: str, compressed_offset: int, trusted: int):
-        super().__init__(f"{path}: {reason} at byte {compressed_offset:,}")
-        self.path, self.reason = path, reason
+    def __init__(self, path: Path, reason: str, compressed_offset: int, trusted: int, note: str = ""):
+        super().__init__(f"{path}: {reason} at byte {compressed_offset:,}{note}")
+        self.path, self.reason, self.note = path, reason, note
         self.compressed_offset, self.trusted = compressed_offset, trusted
 
-    def __reduce__(self) -> tuple[type, tuple[Path, str, int, int]]:
+    def __reduce__(self) -> tuple[type, tuple[Path, str, int, int, str]]:
         """Exceptions cross the border between worker processes by their arguments."""
-        return BrokenInput, (self.path, self.reason, self.compressed_offset, self.trusted)
+        return BrokenInput, (self.path, self.reason, self.compressed_offset, self.trusted, self.note)
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,8 @@ def _chunks(path: Path, on_read: Callable[[int], object]) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             told = _Told(file, on_read)
-            if path.suffix == ".zst":
-                yield from _inflate(path, told, "zstd")
-            elif path.suffix == ".gz":
-                yield from _inflate(path, told, "gzip")
-            else:
-                while chunk := told.read():
-                    yield chunk
+            kind = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
+            yield from _inflate(path, told, kind) if kind else iter(told.read, b"")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import pydantic
 
 from megaboat.config import Section
 from megaboat.data.documents import (
     SENTENCEPIECE_SPACE,
+    SPLIT_STEPS,
     Document,
     Rejected,
     document_uid,
@@ -54,13 +56,13 @@ class PrepareOptions(Section):
     source_key: str = "meta.pile_set_name"
     default_source: str | None = None
     """Source of documents that name none; None: they stop the run."""
-    val_per_10k: int = 50
+    val_per_10k: int = pydantic.Field(50, ge=0, le=SPLIT_STEPS)
     """Documents in 10,000 held out of the training files by the hash of their text."""
     split_salt: str = "megaboat"
     dedup: Literal["exact", "off"] = "exact"
     bos: bool = False
     bad_lines: Literal["quarantine", "fail"] = "quarantine"
-    max_bad_per_million: int = 100
+    max_bad_per_million: int = pydantic.Field(100, ge=0)
     """Share of quarantined lines that stops the run, once there are more than 100 of them."""
     surrogates: Literal["quarantine", "replace"] = "quarantine"
     empty: Literal["drop", "keep"] = "drop"
@@ -68,8 +70,8 @@ class PrepareOptions(Section):
     salvage: bool = False
     """Keep the sound part of damaged files instead of failing them."""
     max_line_bytes: int = 1 << 28
-    block_tokens: int = 1 << 20
-    blocks_per_shard: int = 128
+    block_tokens: int = pydantic.Field(1 << 20, gt=0)
+    blocks_per_shard: int = pydantic.Field(128, gt=0)
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,8 @@ def _spill_lines(job: SpillJob, sha256: str, file: BinaryIO, tally: _Tally, repo
             tally.altered += SENTENCEPIECE_SPACE in document.text
     except BrokenInput as fault:
         if not job.options.salvage:
-            seen = f"{fault.reason}; nothing of its {tally.documents:,} readable documents is kept"
-            raise BrokenInput(fault.path, seen, fault.compressed_offset, fault.trusted) from None
+            note = f"; nothing of its {tally.documents:,} readable documents is kept"
+            raise BrokenInput(fault.path, fault.reason, fault.compressed_offset, fault.trusted, note) from None
         tally.salvaged = {
             "reason": fault.reason,
             "compressed_offset": fault.compressed_offset,

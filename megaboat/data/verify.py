@@ -128,21 +128,26 @@ def _read_members(path: Path, data: bytes, job: ShardCheck) -> list[dict[str, An
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             for info in tar:
-                key, _, kind = info.name.partition(".")
-                if kind == MEMBERS[0]:
-                    blocks.append({"key": key})
-                content = tar.extractfile(info)
-                if kind not in MEMBERS or content is None or not blocks or blocks[-1]["key"] != key:
-                    _fail(path, f"unexpected member {info.name!r}")
-                raw = content.read()
-                if kind.endswith(".json"):
-                    blocks[-1][kind] = json.loads(raw)
-                else:
-                    blocks[-1][kind] = array = np.load(io.BytesIO(raw), allow_pickle=False)
-                    blocks[-1].setdefault("offset", info.offset_data + len(raw) - array.nbytes)
+                _read_member(path, tar, info, blocks)
     except (tarfile.TarError, ValueError, EOFError) as error:
         _fail(path, f"block {max(len(blocks) - 1, 0)} cannot be read: {error}")
     return blocks
+
+
+def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo, blocks: list[dict[str, Any]]) -> None:
+    """Add a member to the block that it belongs to; its tokens begin a new one."""
+    key, _, kind = info.name.partition(".")
+    if kind == MEMBERS[0]:
+        blocks.append({"key": key})
+    content = tar.extractfile(info)
+    if kind not in MEMBERS or content is None or not blocks or blocks[-1]["key"] != key:
+        _fail(path, f"unexpected member {info.name!r}")
+    raw = content.read()
+    if kind.endswith(".json"):
+        blocks[-1][kind] = json.loads(raw)
+        return
+    blocks[-1][kind] = array = np.load(io.BytesIO(raw), allow_pickle=False)
+    blocks[-1].setdefault("offset", info.offset_data + len(raw) - array.nbytes)
 
 
 def _check_block(where: str, row: np.void, members: dict[str, Any], job: ShardCheck) -> list[int]:

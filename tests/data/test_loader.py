@@ -20,6 +20,7 @@ from megaboat.data.plan import make_order
 from megaboat.data.prepare import Request, prepare
 from megaboat.data.spill import PrepareOptions
 from megaboat.errors import BadInput, DamagedData
+from megaboat.log import get_logger
 from tests.corpus import real_texts, write_jsonl
 
 GLOBAL_BATCH = 48
@@ -222,6 +223,23 @@ def test_resume_is_refused_when_anything_differs(dataset: Dataset, dataset_folde
         resume(source_ordinals={"docs": 1, "lib": 2, "tests": 3})
     with pytest.raises(DamagedData, match="read again have crc"):
         resume(last_batch_crc32=crc ^ 1)
+
+
+def test_a_change_of_data_can_be_accepted_and_is_said(
+    dataset: Dataset, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)  # setup_logging, perhaps called by other tests, ends it
+    state, _ = resume_point(dataset, config_of(), steps=2)
+    n = state["consumed_windows"]
+    config = config_of(seed=5, accept_change=True)
+    loader = Loader(config, dataset, GLOBAL_BATCH, consumed_windows=n)
+    with caplog.at_level("WARNING", logger="megaboat"):
+        loader.check_resume(state)
+    assert "other data from window 96 on: data.weights, seq_len, seed" in caplog.text
+    assert torch.equal(next(loader).tokens_BT, take(dataset, config, 3)[2].tokens_BT)
+    loader.close()
+    with pytest.raises(BadInput, match="of another version"):
+        loader.check_resume({**state, "format": "megaboat-data/0"})
 
 
 def test_a_flipped_byte_stops_the_run_naming_shard_block_and_offset(dataset_folder: Path, tmp_path: Path) -> None:

@@ -158,3 +158,22 @@ def test_plain_texts_are_documents_byte_for_byte(tmp_path: Path, tokenizer_file:
         assert source.n_docs == 1
     with pytest.raises(BadInput, match="val.txt: invalid UTF-8 at byte 0"):
         prepare(Request(inputs, str(tokenizer_file), tmp_path / "bpe"))
+
+
+def test_leftovers_of_a_killed_commit_and_of_another_plan_are_cleared(tmp_path: Path) -> None:
+    inputs = make_corpus(tmp_path / "in")
+    prepare(request_of(tmp_path / "clean", inputs, "bytes"))
+    out = tmp_path / "out"
+    (out / ".prepare").mkdir(parents=True)
+    (out / "train").mkdir()
+    for name in (
+        "blocks-train-lib.npy.tmp17",
+        "blocks-train-gone.npy",
+        "train/lib-00099.tar",
+        "train/lib-00000.tar.tmp17",
+    ):
+        (out / name).write_bytes(b"half of something")
+    prepare(request_of(out, inputs, "bytes"))
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (tmp_path / "clean", out)]
+    assert names[0] == names[1]
+    assert dataset_id(tmp_path / "clean") == dataset_id(out)

@@ -3,14 +3,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaboat.data.dataset import open_dataset
 from megaboat.data.prepare import Request, prepare
-from megaboat.data.shards import token_dtype
+from megaboat.data.shards import check_vocabulary, token_dtype
 from megaboat.data.spill import PrepareOptions
+from megaboat.errors import BadInput
 
 TEXTS = st.lists(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(str.strip),
@@ -20,7 +22,7 @@ TEXTS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(texts=TEXTS, block_tokens=st.integers(1, 200), blocks_per_shard=st.integers(1, 4))
 def test_texts_come_back_through_any_shards(texts: list[str], block_tokens: int, blocks_per_shard: int) -> None:
     """Through preparation and the loader's view, and the same through stock webdataset."""
@@ -49,3 +51,9 @@ def test_texts_come_back_through_any_shards(texts: list[str], block_tokens: int,
 def test_token_types_are_as_narrow_as_the_vocabulary_allows() -> None:
     sizes = {256: "|u1", 257: "<u2", 65_536: "<u2", 65_537: "<u4"}
     assert {size: token_dtype(size).str for size in sizes} == sizes
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    check_vocabulary(np.array([0, 255]), 256, "x")
+    with pytest.raises(BadInput, match="corpus.jsonl:7: token id 256 is outside the vocabulary of 256"):
+        check_vocabulary(np.array([3, 256]), 256, "corpus.jsonl:7")

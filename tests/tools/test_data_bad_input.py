@@ -88,8 +88,8 @@ def test_the_message_of_a_truncated_file(prepare: Run, tmp_path: Path, sound: by
     packed = zst(sound)
     code, said = prepare(packed[:-3], name="corpus.jsonl.zst")
     assert said.strip().splitlines()[-1] == (
-        f"megaboat data: {tmp_path}/corpus.jsonl.zst: truncated: the zstd stream stops before the end of its frame; "
-        f"nothing of its {SOUND} readable documents is kept at byte {len(packed) - 3:,}"
+        f"megaboat data: {tmp_path}/corpus.jsonl.zst: truncated: the zstd stream stops before the end of its frame "
+        f"at byte {len(packed) - 3:,}; nothing of its {SOUND} readable documents is kept"
     )
     assert code == 2
 
