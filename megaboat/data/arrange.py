@@ -1,11 +1,12 @@
 """Second half of `data prepare`, planning: duplicates out, documents in shuffled order, blocks and shards cut.
 
 All of it is decided from the document tables alone, by hashes, so it is the same for any number of workers. Memory:
-about 60 bytes a document of the largest source, plus the table slices that are mapped from disk.
+about 120 bytes a document of the largest source; the tables of all files are mapped from disk.
 """
 
 import hashlib
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,12 +158,23 @@ def _gather(files: list[Spilled], kept: list[np.ndarray], split: str, source: st
         if source not in file.sources:
             continue
         table = file.table()
-        mine = keep & (table["split"] == SPLITS.index(split)) & (table["source"] == file.sources.index(source))
-        chosen.append(table[mine])
-        owners.append(np.full(int(mine.sum()), index, np.int32))
+        low, high = _bounds(table, SPLITS.index(split), file.sources.index(source))
+        mine = table[low:high][keep[low:high]]
+        chosen.append(mine)
+        owners.append(np.full(len(mine), index, np.int32))
     documents, owner = np.concatenate(chosen), np.concatenate(owners)
     order = np.lexsort((documents["uid_low"], documents["uid_high"]))
     return documents[order], owner[order]
+
+
+def _bounds(table: np.ndarray, split: int, source: int) -> tuple[int, int]:
+    """Where in a sorted table the rows of a source begin and end, by bisection: tables may be larger than memory."""
+
+    def key(row: int) -> tuple[int, int]:
+        return int(table["split"][row]), int(table["source"][row])
+
+    rows = range(len(table))
+    return bisect_left(rows, (split, source), key=key), bisect_right(rows, (split, source), key=key)
 
 
 def _cut_blocks(ends: np.ndarray, block_tokens: int) -> list[int]:

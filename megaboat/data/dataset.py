@@ -21,12 +21,14 @@ from megaboat.errors import BadInput, DamagedData
 BORDER_CACHE_BYTES = 32 << 20
 
 
-def open_dataset(path: Path | str, verify: str = "lazy") -> "Dataset":
+def open_dataset(path: Path | str | None, verify: str = "lazy") -> "Dataset":
     """Open a folder written by `megaboat data prepare`; check that every shard is there and has its size.
 
     verify: "lazy" checks crcs when tokens are first touched, "full" all of them now, "off" never.
     Raises BadInput if there is no dataset, DamagedData if it is not what its index says.
     """
+    if path is None:
+        raise BadInput("data.path is not set; it names a folder written by `megaboat data prepare`")
     return Dataset(Path(path), verify)
 
 

@@ -280,6 +280,8 @@ def test_damaged_document_lengths_are_noticed(dataset_folder: Path, tmp_path: Pa
 def test_what_is_missing_or_changed_is_named_at_the_start(dataset_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no dataset in .*megaboat data prepare --input"):
         open_dataset(tmp_path / "absent")
+    with pytest.raises(BadInput, match="data.path is not set"):
+        open_dataset(None)
 
     def damaged(name: str, change: bytes | None) -> Path:
         folder = tmp_path / f"{name.replace('/', '-')}-{change is None}"
