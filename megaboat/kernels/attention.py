@@ -1,7 +1,9 @@
-"""Windowed attention over active rows: the door to flash attention, and a banded form in plain torch for CPUs."""
+"""Windowed attention over active rows: flash attention where it runs, else a banded form in plain torch."""
 
 import torch
 from torch import Tensor
+
+from megaboat.kernels import flash
 
 
 def windowed_attention(
@@ -12,12 +14,21 @@ def windowed_attention(
     cu_k: Tensor | None,
     window: int,
     scale: float,
+    longest: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """`reference.windowed_attention`: a row sees itself and the `window` rows before it in its document; (R, E).
 
     cu_q, cu_k: int32 borders (S + 1,), aligned at each document's end; cu_k None: the keys are the queries' rows (no
-    working memory in front).
+    working memory in front). `longest`: an upper bound, known on the host, of a document's query rows
+    (`ActiveRows.longest`); without it flash kernels start programs for documents as long as all rows together.
+    `backend`: one of `flash.backends()`, "banded", or the fastest that takes these tensors.
     """
+    if backend != "banded" and flash.supports(q_RGZ):
+        R, K = len(q_RGZ), len(k_KGZ)
+        max_q = R if longest is None else longest
+        cu_keys = cu_q if cu_k is None else cu_k
+        return flash.flash_attention(q_RGZ, k_KGZ, v_KE, cu_q, cu_keys, max_q, max_q + K - R, window, scale, backend)
     if cu_k is None:
         return banded_attention(q_RGZ, k_KGZ, v_KE, cu_q, window, scale)
     # Queries move to the place of their keys, so that one band serves both; the rows without query are dropped again.
@@ -35,9 +46,7 @@ def banded_attention(
     R, G, Z = q_RGZ.shape
     E = v_RE.shape[1]
     if R == 0:
-        return v_RE + 0.0 * (
-            q_RGZ.sum() + k_RGZ.sum()
-        )  # no rows, yet every input stays in the autograd graph
+        return v_RE + q_RGZ.sum() + k_RGZ.sum()  # no rows, yet every input stays in the autograd graph
     size = min(window, max(R, 1)) if window > 0 else 1
     pad = -R % size
     blocks = (R + pad) // size
@@ -54,16 +63,12 @@ def banded_attention(
     k_LGCZ = with_previous(block(k_RGZ)).transpose(1, 2)
     v_LGCE = with_previous(block(v_RE.unflatten(1, (G, E // G)))).transpose(1, 2)
     document_LC = block(document_R, value=-1)
-    lag = (
-        size + torch.arange(size, device=q_RGZ.device)[:, None] - torch.arange(2 * size, device=q_RGZ.device)
-    )
+    lag = size + torch.arange(size, device=q_RGZ.device)[:, None] - torch.arange(2 * size, device=q_RGZ.device)
     seen = (lag >= 0) & (lag <= window) & (document_LC[..., None] == with_previous(document_LC)[:, None])
     seen[0, :, :size] = False  # the first block has no previous one
-    score = (
-        (q_LGCZ @ k_LGCZ.transpose(-1, -2)).float()
-        if q_RGZ.dtype == torch.bfloat16
-        else q_LGCZ @ k_LGCZ.transpose(-1, -2)
-    )
+    score = q_LGCZ @ k_LGCZ.transpose(-1, -2)
+    if score.dtype in (torch.bfloat16, torch.float16):
+        score = score.float()
     weight = (score * scale).masked_fill(~seen[:, None], torch.finfo(score.dtype).min).softmax(-1)
     o_LGCE = weight.to(v_LGCE.dtype) @ v_LGCE
     return o_LGCE.transpose(1, 2).reshape(blocks * size, E)[:R]

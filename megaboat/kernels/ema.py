@@ -1,8 +1,8 @@
 """The damped EMA: one signature, the fastest implementation that the device has.
 
 The chunked form here is plain torch and serves CPUs; its matrix products follow from unrolling the recurrence:
-inside a piece of at most C tokens of one document, y_t = sum_l K[t-l] x_l + sum_n weight_n decay_n^(t+1) s_in,n with the
-kernel K[l] = sum_n weight_n decay_n^l. Pieces start at document borders, so nothing needs a mask.
+inside a piece of at most C tokens of one document, y_t = sum_l K[t-l] x_l + sum_n weight_n decay_n^(t+1) s_in,n with
+the kernel K[l] = sum_n weight_n decay_n^l. Pieces start at document borders, so nothing needs a mask.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = (
-    32  # C multiply-adds a token in one product against a longer carry loop; 32 was fastest on x86 at D = 256
-)
+CHUNK = 32  # C multiply-adds a token in one product against a longer carry loop; 32 was fastest on x86 at D = 256
 
 
 def ema(
@@ -28,6 +26,10 @@ def ema(
 
     Returns y_BTD in the dtype of x_BTD and the state after each row's last token, (B, D, N).
     """
+    if x_BTD.is_cuda and x_BTD.shape[1] > 0 and decay_DN.dtype == torch.float32 and x_BTD.dtype != torch.float64:
+        from megaboat.kernels.ema_triton import ema_triton  # triton comes with CUDA builds of torch only
+
+        return ema_triton(x_BTD, decay_DN, weight_DN, skip_D, first_BT, state_BDN, silu)
     y_BTD, state_BDN = ema_chunked(x_BTD.to(decay_DN.dtype), decay_DN, weight_DN, skip_D, first_BT, state_BDN)
     y_BTD = y_BTD.to(x_BTD.dtype)
     return (torch.nn.functional.silu(y_BTD) if silu else y_BTD), state_BDN
@@ -42,7 +44,7 @@ def ema_chunked(
     state_BDN: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.ema_recurrence` by pieces: three matrix products, and a loop over the pieces of a row for the carry."""
+    """`reference.ema_recurrence` by pieces: three matrix products, and a loop over a row's pieces for the carry."""
     B, T, D = x_BTD.shape
     N = decay_DN.shape[1]
     if state_BDN is None:
@@ -57,9 +59,7 @@ def ema_chunked(
     y_DCP = _toeplitz(kernel_DC) @ _gather(x_XD, pieces.from_start)
     sum_DNP = power_DNC[..., :chunk].flip(-1) @ _gather(x_XD, pieces.from_end)
     arriving_PDN, state_BDN = _carry(sum_DNP.permute(2, 0, 1), power_DNC, pieces, state_BDN)
-    y_DCP = y_DCP + (weight_DN[..., None] * power_DNC[..., 1:]).transpose(1, 2) @ arriving_PDN.permute(
-        1, 2, 0
-    )
+    y_DCP = y_DCP + (weight_DN[..., None] * power_DNC[..., 1:]).transpose(1, 2) @ arriving_PDN.permute(1, 2, 0)
     y_XD = y_DCP.permute(2, 1, 0).reshape(-1, D)[pieces.slot_X]
     return y_XD.view(B, T, D) + skip_D * x_BTD, state_BDN
 

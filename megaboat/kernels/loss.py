@@ -6,9 +6,7 @@ from torch import Tensor
 CHUNK = 4096  # tokens whose logits exist at one time: 4096 x 50k fp32 logits are 0.8 GB
 
 
-def linear_cross_entropy(
-    h_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ignore_index: int = -100
-) -> Tensor:
+def linear_cross_entropy(h_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ignore_index: int = -100) -> Tensor:
     """The sum of negative log-likelihoods in nats over tokens whose target is not `ignore_index`; fp32 scalar.
 
     Gradients are computed in the forward pass, chunk by chunk, and scaled in the backward pass.
@@ -22,9 +20,7 @@ def token_nll(h_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ignore_index: 
     parts = []
     for h, targets in zip(h_XD.split(CHUNK), targets_X.split(CHUNK), strict=True):
         logits = _logits(h, weight_VD)
-        parts.append(
-            torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
-        )
+        parts.append(torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none"))
     return torch.cat(parts)
 
 
@@ -33,25 +29,37 @@ def _logits(h_XD: Tensor, weight_VD: Tensor) -> Tensor:
     return logits_XV.float() if logits_XV.dtype == torch.bfloat16 else logits_XV
 
 
+def _nll_and_gradient(logits_XV: Tensor, targets_X: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods (X,) and the gradient of their sum; the logits may be overwritten by it."""
+    if logits_XV.is_cuda and logits_XV.dtype != torch.float64:
+        from megaboat.kernels.loss_triton import cross_entropy_triton
+
+        return cross_entropy_triton(logits_XV, targets_X, ignore_index), logits_XV
+    wide = torch.promote_types(logits_XV.dtype, torch.float32)
+    scored = targets_X != ignore_index
+    logprob_XV = torch.log_softmax(logits_XV, dim=-1, dtype=wide)
+    picked_X1 = targets_X.masked_fill(~scored, 0)[:, None]
+    nll_X = -(logprob_XV.gather(1, picked_X1)[:, 0] * scored)
+    dlogits_XV = logprob_XV.exp_()
+    dlogits_XV.scatter_add_(1, picked_X1, -torch.ones_like(picked_X1, dtype=wide))
+    return nll_X, dlogits_XV.mul_(scored[:, None]).to(logits_XV.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_XD, weight_VD, targets_X, ignore_index):  # type: ignore[no-untyped-def]
-        total = h_XD.new_zeros((), dtype=torch.promote_types(h_XD.dtype, torch.float32))
+        wide = torch.promote_types(h_XD.dtype, torch.float32)
+        total = h_XD.new_zeros((), dtype=wide)
         dh_XD = torch.empty_like(h_XD)
-        dw_VD = torch.zeros_like(weight_VD)
+        dw_VD = torch.zeros_like(weight_VD, dtype=wide)  # a sum over chunks in bf16 would lose the later ones
         weight = weight_VD.to(h_XD.dtype)
         for i in range(0, h_XD.shape[0], CHUNK):
             h, targets = h_XD[i : i + CHUNK], targets_X[i : i + CHUNK]
-            scored = targets != ignore_index
-            logprob = torch.log_softmax(_logits(h, weight), dim=-1)
-            picked = targets.masked_fill(~scored, 0)[:, None]
-            total -= (logprob.gather(1, picked)[:, 0] * scored).sum()
-            dlogits = logprob.exp_()
-            dlogits.scatter_add_(1, picked, -torch.ones_like(picked, dtype=dlogits.dtype))
-            dlogits = dlogits.mul_(scored[:, None]).to(h.dtype)
+            nll, dlogits = _nll_and_gradient(h @ weight.T, targets, ignore_index)
+            total += nll.sum()
             torch.mm(dlogits, weight, out=dh_XD[i : i + CHUNK])
             dw_VD += dlogits.T @ h
-        ctx.save_for_backward(dh_XD, dw_VD)
+        ctx.save_for_backward(dh_XD, dw_VD.to(weight_VD.dtype))
         return total
 
     @staticmethod

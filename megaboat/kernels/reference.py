@@ -68,23 +68,14 @@ def windowed_attention(
         q = q_RGZ[cu_q[s] : cu_q[s + 1]]
         k = k_KGZ[cu_k[s] : cu_k[s + 1]]
         v = v_KE[cu_k[s] : cu_k[s + 1]].unflatten(1, (q.shape[1], -1))
-        lag = (
-            len(k)
-            - len(q)
-            + torch.arange(len(q), device=q.device)[:, None]
-            - torch.arange(len(k), device=q.device)
-        )
+        lag = len(k) - len(q) + torch.arange(len(q), device=q.device)[:, None] - torch.arange(len(k), device=q.device)
         score_GRK = torch.einsum("rgz,kgz->grk", q, k) * scale
         score_GRK = score_GRK.masked_fill((lag < 0) | (lag > window), -torch.inf)
         out.append(torch.einsum("grk,kge->rge", score_GRK.softmax(-1), v).flatten(1))
     return torch.cat(out)
 
 
-def linear_cross_entropy(
-    h_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ignore_index: int = -100
-) -> Tensor:
+def linear_cross_entropy(h_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ignore_index: int = -100) -> Tensor:
     """Negative log-likelihood of each token in nats, zero where the target is `ignore_index`: (X,)."""
     logits_XV = h_XD @ weight_VD.T
-    return torch.nn.functional.cross_entropy(
-        logits_XV, targets_X, ignore_index=ignore_index, reduction="none"
-    )
+    return torch.nn.functional.cross_entropy(logits_XV, targets_X, ignore_index=ignore_index, reduction="none")

@@ -1,6 +1,12 @@
 """Active rows: the plan that packs activated tokens, and the two gathers that go there and back.
 
 Both directions are gathers and each is the other's backward, so the gradient needs no atomics and is deterministic.
+
+Exact mode: R is the number of active tokens; it must reach the host, because it is the size of everything that follows.
+`begin_plan` asks for it early and `finish` waits, with other work in between. Capacity mode: R is a fixed capacity and
+nothing is copied to the host; rows beyond the active ones are zero, and active tokens beyond the capacity, the latest
+first, count as inactive.
+
 Letters: X tokens of the whole micro-batch (B * T), R active rows, S documents.
 """
 
@@ -15,64 +21,125 @@ class ActiveRows:
     """Which token each active row is, and where each token's row lies."""
 
     token_R: Tensor
-    """int64: the flattened token of each row, ascending."""
+    """int64: the flattened token of each row, ascending; 0 for the unused rows of capacity mode."""
     row_X: Tensor
     """int64: the row of each token; -1 where inactive."""
     cu_seqlens: Tensor
-    """int32 (S + 1,): the rows of document s are cu_seqlens[s]:cu_seqlens[s+1]; documents without rows are empty."""
+    """int32 (S + 1,): the rows of document s are cu_seqlens[s]:cu_seqlens[s+1]; documents without rows are empty.
+
+    In capacity mode one more piece follows, the unused rows: attention then writes every row it was given.
+    """
+    longest: int | None = None
+    """No document has more rows; None: not known on the host."""
+    used: Tensor | None = None
+    """Capacity mode: int32 (1,), how many of the R rows are active. None: all of them."""
+    overflow: Tensor | None = None
+    """Capacity mode: int64 (), how many active tokens had no row."""
 
     @property
     def count(self) -> int:
         return self.token_R.shape[0]
 
 
-def plan_rows(active_X: Tensor, cu_seqlens: Tensor) -> ActiveRows:
+def plan_rows(active_X: Tensor, cu_seqlens: Tensor, capacity: int | None = None) -> ActiveRows:
     """Pack the active tokens of documents with borders `cu_seqlens` (int32, over the flattened tokens).
 
-    One host synchronisation on a GPU: the number of rows decides the size of everything that follows.
+    On a GPU this waits for one copy of two numbers to the host, or with a `capacity` for nothing.
     """
+    if capacity is not None:
+        return _plan_capacity(active_X, cu_seqlens, capacity)
+    return begin_plan(active_X, cu_seqlens).finish()
+
+
+@dataclass(frozen=True)
+class PendingRows:
+    """A plan whose size is on its way to the host."""
+
+    active_X: Tensor
+    row_X: Tensor
+    cu_seqlens: Tensor
+    sizes: Tensor
+    """int64 (2,), pinned: R and the rows of the longest document, valid once `arrived` has happened."""
+    arrived: torch.cuda.Event | None
+
+    def finish(self) -> ActiveRows:
+        """Wait for the sizes; the only place where exact mode holds the host."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        R, longest = self.sizes.tolist()
+        token_R = torch.nonzero_static(self.active_X, size=R).flatten()
+        return ActiveRows(token_R, self.row_X, self.cu_seqlens, longest)
+
+
+def begin_plan(active_X: Tensor, cu_seqlens: Tensor) -> PendingRows:
+    """Start packing and the copy of the sizes; do other work on the device, then call `finish`."""
+    row_X, borders = _place(active_X, cu_seqlens)
+    sizes = torch.stack([borders[-1], borders.diff().amax()])
+    arrived = None
+    if sizes.is_cuda:
+        sizes = torch.empty(2, dtype=sizes.dtype, pin_memory=True).copy_(sizes, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return PendingRows(active_X, row_X, borders.int(), sizes, arrived)
+
+
+def _place(active_X: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of each token, -1 where inactive, and the rows before each border."""
     count_X = active_X.cumsum(0)
-    token_R = active_X.nonzero().flatten()
-    row_X = torch.where(active_X, count_X - 1, -1)
-    before = torch.cat([count_X.new_zeros(1), count_X])
-    return ActiveRows(token_R, row_X, before[cu_seqlens.long()].int())
+    before = torch.nn.functional.pad(count_X, (1, 0))
+    return torch.where(active_X, count_X - 1, -1), before[cu_seqlens.long()]
+
+
+def _plan_capacity(active_X: Tensor, cu_seqlens: Tensor, capacity: int) -> ActiveRows:
+    row_X, borders = _place(active_X, cu_seqlens)
+    fits_X = row_X < capacity
+    row_X = torch.where(fits_X, row_X, -1)
+    # Inactive tokens write to one slot past the end, which is cut off.
+    slot_X = torch.where(row_X < 0, capacity, row_X)
+    tokens = torch.arange(len(active_X), device=active_X.device)
+    token_R = tokens.new_zeros(capacity + 1).scatter_(0, slot_X, tokens)[:capacity]
+    overflow = (borders[-1] - capacity).clamp_min(0)
+    cu = torch.nn.functional.pad(borders.clamp_max(capacity), (0, 1), value=capacity).int()
+    return ActiveRows(token_R, row_X, cu, capacity, cu[-2:-1], overflow)
 
 
 def compress(x_XD: Tensor, rows: ActiveRows) -> Tensor:
     """The active tokens' rows: (X, D) -> (R, D)."""
-    return _Compress.apply(x_XD, rows.token_R, rows.row_X)
+    return _Gather.apply(x_XD, *_both_ways(rows))
 
 
 def extract(y_RD: Tensor, rows: ActiveRows) -> Tensor:
     """Rows back to their tokens, zeros where inactive: (R, D) -> (X, D)."""
-    return _Extract.apply(y_RD, rows.token_R, rows.row_X)
+    return _Gather.apply(y_RD, *reversed(_both_ways(rows)))
 
 
-def _spread(y_RD: Tensor, row_X: Tensor) -> Tensor:
-    if y_RD.shape[0] == 0:
-        return y_RD.new_zeros(row_X.shape[0], y_RD.shape[1])
-    return y_RD.index_select(0, row_X.clamp_min(0)).masked_fill_((row_X < 0)[:, None], 0)
+def _both_ways(rows: ActiveRows) -> tuple[Tensor, Tensor]:
+    if rows.used is None:
+        return rows.token_R, rows.row_X
+    unused_R = torch.arange(rows.count, device=rows.token_R.device) >= rows.used
+    return rows.token_R.masked_fill(unused_R, -1), rows.row_X
 
 
-class _Compress(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_XD, token_R, row_X):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(row_X)
-        return x_XD.index_select(0, token_R)
+class _Gather(torch.autograd.Function):
+    """out[i] = x[index[i]], zeros where the index is -1. `back` is the inverse map, so that backward is one as well."""
 
     @staticmethod
-    def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
-        (row_X,) = ctx.saved_tensors
-        return _spread(dy_RD, row_X), None, None
-
-
-class _Extract(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_RD, token_R, row_X):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(token_R)
-        return _spread(y_RD, row_X)
+    def forward(ctx, x, index, back):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(index, back)
+        return _gather_rows(x, index)
 
     @staticmethod
-    def backward(ctx, dx_XD):  # type: ignore[no-untyped-def]
-        (token_R,) = ctx.saved_tensors
-        return dx_XD.index_select(0, token_R), None, None
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        index, back = ctx.saved_tensors
+        return _gather_rows(dout, back), None, None
+
+
+def _gather_rows(x_XD: Tensor, index_R: Tensor) -> Tensor:
+    """(X, D) -> (R, D)."""
+    if x_XD.is_cuda:
+        from megaboat.kernels.gather_triton import gather_rows_triton
+
+        return gather_rows_triton(x_XD, index_R)
+    if x_XD.shape[0] == 0:
+        return x_XD.new_zeros(index_R.shape[0], x_XD.shape[1])
+    return x_XD.index_select(0, index_R.clamp_min(0)).masked_fill_((index_R < 0)[:, None], 0)
