@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -43,7 +44,7 @@ def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeo
 def _result(rank: int, receiver: Connection, deadline: float) -> Any:
     assert receiver.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} gave no result in time"
     try:
-        value, error = receiver.recv()
+        value, error = pickle.loads(receiver.recv_bytes())
     except EOFError:
         raise AssertionError(f"rank {rank} died without a word") from None
     assert error is None, f"rank {rank} failed:\n{error}"
@@ -70,8 +71,12 @@ def _rank(function: Callable[..., Any], place: tuple[int, int, int, str], argume
     try:
         ranks = this_process()
         connect(ranks, timeout=timedelta(seconds=60))
-        sender.send((function(ranks, *arguments), None))
+        _send(sender, function(ranks, *arguments), None)
         torch.distributed.destroy_process_group()
     except BaseException:
-        sender.send((None, traceback.format_exc()))
+        _send(sender, None, traceback.format_exc())
         raise
+
+
+def _send(sender: Connection, value: Any, error: str | None) -> None:
+    sender.send_bytes(pickle.dumps((value, error)))  # a plain copy: `send` would share tensors of a process that ends

@@ -1,0 +1,49 @@
+"""Runs as tests start them: on ranks of this process tree, and as the command that a user types."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megaboat.engine.build import open_run
+from megaboat.engine.ranks import Ranks
+from megaboat.engine.run_config import RunConfig
+
+
+def train_on_rank(ranks: Ranks, config: RunConfig) -> tuple[str, int]:
+    """For `run_on_ranks`: a whole run. Returns its outcome and last step."""
+    trainer = open_run(config, ranks)
+    outcome, _ = trainer.fit()
+    return outcome, trainer.step
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of each step, in order, after checking that no step is missing or doubled."""
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def start_command(*arguments: str) -> "subprocess.Popen[str]":
+    """`megaboat ARGUMENTS` as a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "megaboat", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def write_config(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
