@@ -111,6 +111,20 @@ def test_block_is_the_paper_layer(shape: dict, layout: list[list[int]]) -> None:
     assert active_BTM.float().mean() == (1 if docs.first_BT.numel() == 1 else pytest.approx(0.5, abs=0.2))
 
 
+def test_scaled_block_adds_a_swiglu_of_the_normed_stream() -> None:
+    """x + W_down( SiLU(W_gate n) * W_up n ), n = norm(x), of what the paper's layer gives."""
+    config, docs = small_config(block="scaled", width=6, qk_dim=4, heads=2, ffn_dim=10), pack([[17]])
+    block = naive.randomize(SeqBoatBlock(config), 12)
+    s_BTD = gaussian(*docs.shape, config.width, seed=13)
+    activate_half(block, s_BTD, docs)
+    w = naive.weights(block)
+    x_TD, _ = naive.paper_layer(s_BTD[0].numpy(), w, config.window)
+    n_TD = [naive.layer_norm(x, w["ffn_norm.weight"], w["ffn_norm.bias"]) for x in x_TD]
+    gate, up, down = (w[f"ffn.{name}.weight"] for name in ("gate", "up", "down"))
+    expected = [x + down @ (naive.silu(gate @ n) * (up @ n)) for x, n in zip(x_TD, n_TD, strict=True)]
+    np.testing.assert_allclose(block(s_BTD, docs)[0][0].detach(), expected, **AGREE)
+
+
 def test_model_is_embedding_layers_norm_and_tied_head() -> None:
     layout = [[9, 14], [23]]
     model, docs = build_model(small_config(width=8, qk_dim=4, vocab_size=11), seed=0), pack(layout)
