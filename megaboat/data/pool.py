@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -100,6 +101,7 @@ class _Worker:
 
 def _start_worker(parent: int, counters: Any) -> None:
     _Worker.counters = counters
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback each
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 

@@ -44,6 +44,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_killed_at_every_stage_it_ends_with_the_same_bytes(inputs: Path, tokenizer_file: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
     prepare(Request({"train": sorted(inputs.glob("*.jsonl"))}, str(tokenizer_file), whole, PrepareOptions()))
@@ -92,6 +93,18 @@ def test_workers_end_with_their_parent(inputs: Path, tokenizer_file: Path, tmp_p
     while any(_alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [child for child in children if _alive(child)]
+
+
+def test_ctrl_c_ends_it_at_once_and_says_how_to_go_on(inputs: Path, tokenizer_file: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(inputs, tokenizer_file, tmp_path / "out"), stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for(tmp_path / "out", "tokens.bin.tmp*", 1, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and its workers
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"interrupted; run the same command again to go on" in said
+    assert b"Traceback" not in said
 
 
 def test_two_at_once_are_refused(inputs: Path, tokenizer_file: Path, tmp_path: Path) -> None:
