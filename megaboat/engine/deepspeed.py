@@ -51,7 +51,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=_settings(config, micro_steps), dist_init_required=False
         )
-        self._create_states(updates=0)
+        self._create_states()
 
     @property
     def module(self) -> nn.Module:
@@ -101,7 +101,8 @@ class Engine:
 
     def set_moments(self, full: Any, updates: int) -> None:
         """Take the moments from `full[name]` (tensors as `moments` gives them) after `updates` steps of AdamW."""
-        self._create_states(updates)
+        for state in self._states():
+            state["step"].fill_(updates)
         for name, parameter in self.names.items():
             for key in MOMENTS:
                 value = full[f"{key}.{name}"]
@@ -112,10 +113,10 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
-    def _create_states(self, updates: int) -> None:
+    def _create_states(self) -> None:
         """Make AdamW's state, as its first step would: too late to load one, and DeepSpeed 0.19.8 links the state of
         all groups after the step of the first."""
-        inner = self._optimizer if self.stage == 0 else self._optimizer.optimizer
+        inner = self._inner()
         if self.stage == 0:
             holders = list(self.names.values())
         elif self.stage == 3:
@@ -123,10 +124,17 @@ class Engine:
         else:
             holders = self._optimizer.single_partition_of_fp32_groups
         for holder in holders:
-            step = torch.tensor(float(updates), device=holder.device if inner.defaults["fused"] else "cpu")
+            step = torch.tensor(0.0, device=holder.device if inner.defaults["fused"] else "cpu")
             inner.state[holder] = {"step": step} | {key: torch.zeros_like(holder) for key in MOMENTS}
         if self.stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _inner(self) -> torch.optim.Optimizer:
+        return self._optimizer if self.stage == 0 else self._optimizer.optimizer
+
+    def _states(self) -> list[dict[str, Tensor]]:
+        """AdamW's own states: of parameters, or of this rank's flat partitions."""
+        return list(self._inner().state.values())
 
     def _norm_without_zero(self) -> Tensor:
         gradients = [parameter.grad for parameter in self.names.values() if parameter.grad is not None]

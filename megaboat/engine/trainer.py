@@ -118,6 +118,8 @@ class Trainer:
         """Commit a checkpoint of the present step, unless there is one."""
         if self._saved == self.step:
             return
+        if self.ledger is not None:
+            self.ledger.sync()
         tokenizer = self.dataset.index["tokenizer"]
         state = {
             "step": self.step,

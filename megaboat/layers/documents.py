@@ -39,3 +39,17 @@ class Documents(NamedTuple):
             first_BT[:, 0] = start_B == 0
         cu_seqlens = torch.arange(rows + 1, device=device, dtype=torch.int32) * length
         return Documents(first_BT, positions_BT, cu_seqlens)
+
+    @staticmethod
+    def left_padded(pads_B: Tensor, length: int, start_B: Tensor) -> "Documents":
+        """Rows that begin with `pads_B` tokens of padding, at positions below 0, and go on at position `start_B`.
+
+        Padding is a document of its own: the text behind it does not see it. A row that continues has none.
+        """
+        B, device = pads_B.shape[0], pads_B.device
+        positions_BT = torch.arange(length, device=device) + (start_B - pads_B)[:, None]
+        first_BT = positions_BT == 0
+        first_BT[:, 0] |= start_B == 0
+        opening_B = torch.arange(B, device=device) * length
+        borders = torch.cat([torch.stack([opening_B, opening_B + pads_B], 1).flatten(), opening_B[-1:] + length])
+        return Documents(first_BT, positions_BT, borders.unique_consecutive().int())

@@ -59,8 +59,8 @@ class GatedAttentionUnit(nn.Module):
             memory.z_BSZ.flatten(0, 1), self.scale_k, self.bias_k, memory.positions_BS.flatten()
         ).unflatten(0, (B, S))
         score_BGS = torch.einsum("bgz,bsgz->bgs", q_BGZ, k_BSGZ.to(q_BGZ.dtype)) * self.qk_dim**-0.5
-        hidden_BS = ~(memory.filled() | ~active_B[:, None])  # a row without any key would be NaN
-        weight_BGS = score_BGS.masked_fill(hidden_BS[:, None], -torch.inf).softmax(-1)
+        visible_BS = memory.filled() | ~active_B[:, None]  # a row without any key would be NaN
+        weight_BGS = score_BGS.masked_fill(~visible_BS[:, None], -torch.inf).softmax(-1)
         v_BSGE = memory.v_BSE.to(weight_BGS.dtype).unflatten(-1, (q_BGZ.shape[1], -1))
         o_BE = torch.einsum("bgs,bsge->bge", weight_BGS, v_BSGE).flatten(1)
         return self.o(o_BE * F.silu(self.r(h_BD)))

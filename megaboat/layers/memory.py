@@ -66,6 +66,11 @@ class WorkingMemory:
         self._remember(keys, torch.cat([opening_B[1:], opening_B.new_tensor([len(length_S)])]) - 1)
         return keys
 
+    def select(self, index_B: Tensor) -> None:
+        """Keep the sequences of `index_B`, in that order; one may be taken several times."""
+        self.z_BSZ, self.v_BSE = self.z_BSZ[index_B], self.v_BSE[index_B]
+        self.positions_BS, self.count_B = self.positions_BS[index_B], self.count_B[index_B]
+
     def _oldest_first(self) -> Tensor:
         slots = self.z_BSZ.shape[1]
         start_B = torch.where(self.count_B >= slots, self.count_B % slots, 0)

@@ -33,6 +33,14 @@ class DecodingState:
     layers: list[LayerState]
     position_B: Tensor
 
+    def select(self, index_B: Tensor) -> None:
+        """Keep the sequences of `index_B`, in that order; one may be taken several times."""
+        self.position_B = self.position_B[index_B]
+        for layer in self.layers:
+            layer.ema_BDN = layer.ema_BDN[index_B]
+            for memory in layer.memories:
+                memory.select(index_B)
+
 
 class Head(nn.Module):
     """The output projection, which shares the embedding's weight."""
@@ -106,12 +114,18 @@ class SeqBoat(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, tokens_BT: Tensor, docs: Documents) -> None:
-        """Layer by layer, set each configurator so that half of these tokens activate each of its modules."""
+        """Layer by layer, set each configurator so that half of these tokens activate each of its modules.
+
+        About 128 rows over the whole mixture are needed for other rows of it to start near one half too.
+        """
+        training = self.training
+        self.eval()
         x_BTD = self._embed(tokens_BT)
         for block in self.blocks:
             h_BTD, _ = block.ema(block.norm(x_BTD), docs.first_BT)
             block.sma.configurator.calibrate(h_BTD.flatten(0, 1))
             x_BTD, _ = block(x_BTD, docs)
+        self.train(training)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.dropout(self.embedding(tokens) * self.config.width**0.5)

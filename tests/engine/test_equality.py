@@ -124,16 +124,23 @@ def test_equals_one_process(
         torch.testing.assert_close(trace.moments, one_process.moments, rtol=1e-4, atol=1e-6)
 
 
-def reload(ranks: Ranks, config: RunConfig, moments: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[float]]:
+def reload(ranks: Ranks, config: RunConfig, moments: dict[str, Tensor]) -> tuple[dict[str, Tensor], float, float]:
+    """The moments after a round trip, AdamW's count of steps, and the sum of squares of what AdamW itself holds."""
     engine = Engine(build_model(config.model, seed=0), config, ranks)
     engine.set_moments(moments, updates=7)
     found = {name: tensor.clone() for name, tensor in engine.moments()}
-    inner = engine._optimizer if engine.stage == 0 else engine._optimizer.optimizer
-    return found, [float(state["step"]) for state in inner.state.values()]
+    squares = sum(state["exp_avg"].double().square().sum() for state in engine._states())
+    (updates,) = {float(state["step"]) for state in engine._states()}
+    return found, updates, float(ranks.sum(squares)) if config.parallel.zero else float(squares)
 
 
 @pytest.mark.parametrize(("zero", "size"), [(0, 1), (1, 2), (2, 2), (3, 2)], ids=lambda value: str(value))
 def test_moments_enter_and_leave_unchanged(one_process: Trace, tmp_path: Path, zero: int, size: int) -> None:
-    for found, updates in run_on_ranks(reload, size, layout(tmp_path, zero, size, 1, False), one_process.moments):
+    first = [tensor for name, tensor in one_process.moments.items() if name.startswith("exp_avg.")]
+    expected = float(sum(tensor.double().square().sum() for tensor in first))
+    for found, updates, squares in run_on_ranks(
+        reload, size, layout(tmp_path, zero, size, 1, False), one_process.moments
+    ):
         torch.testing.assert_close(found, one_process.moments, rtol=0, atol=0)
-        assert set(updates) == {7.0}
+        assert updates == 7
+        assert squares == pytest.approx(expected, rel=1e-6), "AdamW does not hold what was loaded"
