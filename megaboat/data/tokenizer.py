@@ -178,17 +178,17 @@ def _id_or_none(index: int) -> int | None:
 def _content_id(model: bytes) -> str:
     """sha256 over the pieces (with scores and types), the normalisers, the kind of model and the pretok rule."""
     digest = hashlib.sha256(f"megaboat-tokenizer/1 {PRETOK}".encode())
-    for number, value in _fields(model):
+    for number, value in proto_fields(model):
         if number in (_PIECES, _NORMALIZER, _DENORMALIZER):
             digest.update(struct.pack("<BI", number, len(value)) + value)
         elif number == _TRAINER:
-            options = dict(_fields(value))
+            options = dict(proto_fields(value))
             kind, fallback = options.get(_MODEL_TYPE, b"\x01"), options.get(_BYTE_FALLBACK, b"\x00")
             digest.update(b"kind" + kind + fallback)
     return digest.hexdigest()
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+def proto_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     """(field number, raw value) of a protobuf message: enough to hash parts of a model without its schema."""
     position = 0
     while position < len(message):

@@ -1,0 +1,147 @@
+"""SeqBoat as a Hugging Face causal language model: a wrapper around the one implementation in `model/seqboat.py`.
+
+An export holds this file and everything it needs of the package in one module (`hf_source`), so that torch and
+transformers are enough to run it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput as NamedOutput
+
+from megaboat.layers.documents import Documents
+from megaboat.model.seqboat import DecodingState, Head, SeqBoat, initialize
+from megaboat.tools.hf_config import SeqBoatConfig
+
+
+class SeqBoatCache:
+    """What `generate` hands from call to call as `past_key_values`: the decoding state, whose size never changes."""
+
+    is_compileable = False
+
+    def __init__(self, state: DecodingState) -> None:
+        self.state = state
+        self.tokens_read = 0
+        self.all_started = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, padding included."""
+        return self.tokens_read
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i goes on from the memory of sequence beam_idx[i]."""
+        self.state.select(beam_idx.to(self.state.position_B.device))
+
+
+@dataclass
+class SeqBoatOutput(NamedOutput):
+    """`decisions`, bool (layers, B, T, modules): which tokens activated which unit; only if asked for."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: SeqBoatCache | None = None
+    decisions: Tensor | None = None
+
+
+class SeqBoatForCausalLM(PreTrainedModel, GenerationMixin):
+    """A SeqBoat decoder. Padding belongs on the left, or on the right where no cache is kept."""
+
+    config_class = SeqBoatConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SeqBoatBlock"]
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
+    _keep_in_fp32_modules_strict = {"ema", "configurator", "norm", "ffn_norm"}
+    _is_stateful = True
+
+    def __init__(self, config: SeqBoatConfig) -> None:
+        super().__init__(config)
+        self.model = SeqBoat(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: SeqBoatCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_decisions: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SeqBoatOutput | tuple[Any, ...]:
+        """Logits (B, T, V), or of the last `logits_to_keep` tokens; the loss with `labels` (-100: not scored).
+
+        `attention_mask` (B, T), or with the tokens read before in front: zeros at the start of a row are padding.
+        """
+        B, T = input_ids.shape
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = SeqBoatCache(self.model.new_state(B))
+        if cache is not None and cache.all_started and T == 1:
+            logits_BV, routings = self.model.step(input_ids[:, 0], cache.state)
+            logits = logits_BV[:, None]
+        else:
+            docs = self._documents(input_ids, attention_mask, cache)
+            output = self.model(input_ids, docs, state=cache.state if cache else None)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits, routings = self.model.head(output.hidden_BTD[:, kept]), output.routings
+        if cache is not None:
+            cache.tokens_read += T
+            cache.all_started = cache.all_started or bool((cache.state.position_B > 0).all())
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        decisions = None
+        if output_decisions:
+            decisions = torch.stack([routing.active_XM.unflatten(0, (B, T)) for routing in routings])
+        result = SeqBoatOutput(loss, logits, cache, decisions)
+        return result.to_tuple() if return_dict is False else result
+
+    def _documents(self, input_ids: Tensor, attention_mask: Tensor | None, cache: SeqBoatCache | None) -> Documents:
+        B, T = input_ids.shape
+        start_B = cache.state.position_B if cache else torch.zeros(B, dtype=torch.int64, device=input_ids.device)
+        if attention_mask is None:
+            return Documents.whole(B, T, input_ids.device, start_B)
+        if attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; SeqBoat takes (batch, tokens)")
+        mask_BT = attention_mask[:, -T:].to(input_ids.device)
+        pads_B = torch.where(start_B > 0, 0, (mask_BT.cumsum(1) == 0).sum(1))
+        return Documents.left_padded(pads_B, T, start_B)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.head
+
+    def set_output_embeddings(self, value: Head) -> None:
+        self.model.head.weight = value.weight
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Recompute each block in the backward pass, with the decisions of the forward pass."""
+        self.model.checkpoint_activations = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.checkpoint_activations = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.model.checkpoint_activations
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """A model without weights is drawn as training draws it; loaded parameters are left alone."""
+        loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
+        if isinstance(module, SeqBoat) and not loaded:
+            initialize(module, torch.initial_seed() % (1 << 63))
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False

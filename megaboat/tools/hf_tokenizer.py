@@ -1,0 +1,129 @@
+"""Our tokenizers as Hugging Face fast tokenizers that give the same ids.
+
+Text is cut after each newline, spaces become U+2581, and what no piece covers becomes bytes, as sentencepiece does.
+Symbols such as `</s>` are plain text when they stand in a text: only code that adds their id means them.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from megaboat.data.tokenizer import Tokenizer, proto_fields
+from megaboat.errors import BadInput
+
+SPACE = "\u2581"
+# sentencepiece's ModelProto: field numbers, piece types and kinds of model
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+PIECE_TEXT, PIECE_SCORE, PIECE_TYPE = 1, 2, 3
+MODEL_TYPE, BYTE_FALLBACK = 3, 35
+CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+BPE = b"\x02"
+
+
+class Piece(NamedTuple):
+    """An entry of a sentencepiece vocabulary."""
+
+    text: str
+    score: float
+    kind: int
+
+
+def write_fast_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, for sentencepiece, tokenizer.model.
+
+    Raises BadInput for sentencepiece options that a fast tokenizer does not follow.
+    """
+    model = tokenizer.model_bytes()
+    if model is None:
+        pieces = [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+        pieces += [Piece("</s>", 0.0, CONTROL)] * (tokenizer.vocab_size - 256)
+        fast = _assemble(pieces)
+    else:
+        _check_options(model, tokenizer.name)
+        pieces = _pieces(model)
+        fast = _assemble(pieces)
+        fast.normalizer = normalizers.Replace(" ", SPACE)
+        fast.pre_tokenizer = pre_tokenizers.Split(Regex("\n"), "merged_with_previous")
+        (folder / "tokenizer.model").write_bytes(model)
+    fast.save(str(folder / "tokenizer.json"))
+    _write_config(tokenizer, pieces, folder)
+
+
+def _pieces(model: bytes) -> list[Piece]:
+    pieces = []
+    for number, value in proto_fields(model):
+        if number == PIECES:
+            fields = dict(proto_fields(value))
+            kind = int.from_bytes(fields.get(PIECE_TYPE, b"\x01"), "little")
+            (score,) = struct.unpack("<f", fields.get(PIECE_SCORE, bytes(4)))
+            pieces.append(Piece(fields[PIECE_TEXT].decode(), score, kind))
+    return pieces
+
+
+def _check_options(model: bytes, name: str) -> None:
+    """Refuse what would give other ids.
+
+    A unigram model has many segmentations of one score (n spaces as 8 + 3 or 3 + 8); sentencepiece chooses among them
+    by the rounding of its 32-bit sums, which no fast tokenizer repeats.
+    """
+    parts = dict(proto_fields(model))
+    trainer = dict(proto_fields(parts.get(TRAINER, b"")))
+    normalizer = dict(proto_fields(parts.get(NORMALIZER, b"")))
+    refused = {
+        "a normaliser of characters": bool(normalizer.get(CHARSMAP)),
+        "a dummy prefix": normalizer.get(DUMMY_PREFIX, b"\x01") != b"\x00",
+        "removal of extra spaces": normalizer.get(EXTRA_SPACES, b"\x01") != b"\x00",
+        "unescaped spaces": normalizer.get(ESCAPE_SPACES, b"\x01") == b"\x00",
+        "a model that is not BPE": trainer.get(MODEL_TYPE, b"\x01") != BPE,
+        "no byte fallback": trainer.get(BYTE_FALLBACK, b"\x00") != b"\x01",
+    }
+    found = [option for option, present in refused.items() if present]
+    if found:
+        raise BadInput(f"{name}: {', '.join(found)}: not supported in an export; train a BPE with `megaboat tokenizer`")
+
+
+def _bpe(pieces: list[Piece]) -> models.BPE:
+    """sentencepiece merges the neighbours whose union has the best score; here each such pair has a rank."""
+    ids = {piece.text: index for index, piece in enumerate(pieces)}
+    usable = {piece.text for piece in pieces if piece.kind == NORMAL}
+    ranked = sorted((piece for piece in pieces if piece.kind == NORMAL), key=lambda piece: -piece.score)
+    merges = []
+    for piece in ranked:
+        pairs = [(piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text))]
+        pairs = [pair for pair in pairs if pair[0] in usable and pair[1] in usable]
+        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return models.BPE(ids, merges, unk_token=None, fuse_unk=False, byte_fallback=True)
+
+
+def _assemble(pieces: list[Piece]) -> FastTokenizer:
+    fast = FastTokenizer(_bpe(pieces))
+    fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    symbols = [piece.text for piece in pieces if piece.kind in (CONTROL, UNKNOWN)]
+    fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in symbols])
+    added = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
+    fast.add_tokens([AddedToken(text, special=False, normalized=True) for text in added])
+    return fast
+
+
+def _write_config(tokenizer: Tokenizer, pieces: list[Piece], folder: Path) -> None:
+    def text(index: int | None) -> str | None:
+        return None if index is None else pieces[index].text
+
+    unknown = next((piece.text for piece in pieces if piece.kind == UNKNOWN), None)
+    symbols = {"bos_token": text(tokenizer.bos_id), "eos_token": text(tokenizer.eos_id), "unk_token": unknown}
+    config: dict[str, Any] = {name: symbol for name, symbol in symbols.items() if symbol is not None}
+    if tokenizer.eos_id is not None:
+        config["pad_token"] = text(tokenizer.eos_id)
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": "left",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 40,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
