@@ -10,12 +10,15 @@ from megaboat.errors import MegaboatError
 
 # Each module offers add_arguments(parser) and run(args) -> exit code or None.
 COMMANDS = {
+    "quickstart": ("megaboat.tools.quickstart", "the whole way on one machine, from text to a sample, in minutes"),
     "train": (
         "megaboat.tools.train",
         "train a model; resumes by itself when the run folder holds a checkpoint",
     ),
     "eval": ("megaboat.tools.evaluate", "nll, perplexity and bits per byte of a run, domain by domain"),
     "data": ("megaboat.tools.data", "prepare, verify and describe token shards"),
+    "generate": ("megaboat.tools.generate", "continue a prompt with a run or an export, token by token"),
+    "convert": ("megaboat.tools.convert", "to Hugging Face's format, proved before it is kept, and back"),
     "report": ("megaboat.tools.report", "pictures of a run and one offline page that explains them"),
     "tokenizer": ("megaboat.tools.tokenizer", "train a sentencepiece tokenizer"),
     "bench": ("megaboat.tools.bench", "measure the data path and the kernels beside their peers"),

@@ -6,7 +6,7 @@ them. Precedence: defaults < YAML file < command line.
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -80,23 +80,35 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(kind: type[Section], error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
+    key, holder = _locate(kind, [str(part) for part in error["loc"]])
     if error["type"] != "extra_forbidden":
-        given = f" (given: {error['input']!r})" if location and not isinstance(error["input"], dict) else ""
+        given = f" (given: {error['input']!r})" if key and not isinstance(error["input"], dict) else ""
         message = error["msg"].removeprefix("Value error, ")
         return f"{key + ': ' if key else ''}{message}{given}"
-    known = _names_at(kind, location[:-1])
-    close = difflib.get_close_matches(location[-1], known, n=1)
+    known = list(holder.model_fields)
+    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
     return f"unknown key {key!r}; {hint}"
 
 
-def _names_at(kind: type[Section], parents: list[str]) -> list[str]:
-    """Field names of the section found by walking `parents` down from `kind`."""
-    for parent in parents:
-        child = kind.model_fields[parent].annotation
-        if not (isinstance(child, type) and issubclass(child, Section)):
-            return []
-        kind = child
-    return list(kind.model_fields)
+def _locate(kind: type[Section], location: list[str]) -> tuple[str, type[Section]]:
+    """A pydantic location as the key that a user writes, without the tags of unions, and the section that holds it."""
+    key = []
+    while location:
+        part, *location = location
+        key.append(part)
+        field = kind.model_fields.get(part)
+        sections = _sections(field.annotation) if field and location else {}
+        if None in sections:
+            kind = sections[None]
+        elif sections:
+            kind = sections[location.pop(0)]
+    return ".".join(key), kind
+
+
+def _sections(annotation: Any) -> dict[str | None, type[Section]]:
+    """The sections that a field may hold: under None if there is one, else under the tags of the union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {None: annotation}
+    options = [get_args(option) for option in get_args(annotation)]
+    return {option[1].tag: option[0] for option in options if len(option) == 2 and isinstance(option[1], pydantic.Tag)}

@@ -46,26 +46,29 @@ class Trainer:
 
     def fit(self) -> tuple[Outcome, str]:
         """Train to the last step, or until a signal asks to stop. Returns what became of the run, and why."""
-        train = self.config.train
         for hook in self.hooks:
-            hook.on_start(self.step, train.steps)
+            hook.on_start(self.step, self.config.train.steps)
         try:
             with StopRequest() as stop:
-                while self.step < train.steps:
-                    received = self.train_step(stop)
-                    if received or _due(self.step, train.save_every):
-                        self.save()
-                    if received:
-                        return "requeue", f"stopped by {received}"
-                    if _due(self.step, train.eval_every) and self.step < train.steps:
-                        self.evaluate(train.eval_tokens)
-            self.save()
-            self.evaluate(None)
-            return "done", f"{train.steps} steps"
+                return self._loop(stop)
         finally:
             for hook in self.hooks:
                 hook.on_end()
             self.loader.close()
+
+    def _loop(self, stop: StopRequest) -> tuple[Outcome, str]:
+        train = self.config.train
+        while self.step < train.steps:
+            received = self.train_step(stop)
+            if received or _due(self.step, train.save_every):
+                self.save()
+            if received:
+                return "requeue", f"stopped by {received}"
+            if _due(self.step, train.eval_every) and self.step < train.steps:
+                self.evaluate(train.eval_tokens)
+        self.save()
+        self.evaluate(None)
+        return "done", f"{train.steps} steps"
 
     def train_step(self, stop: StopRequest) -> str | None:
         """One optimizer step on one global batch. Returns the name of a signal that any rank received."""

@@ -1,0 +1,17 @@
+"""Measure, beside a named peer: `bench data` the way from shards to batches, `bench kernels` the kernels on this GPU."""
+
+import argparse
+
+from megaboat.tools import bench_data, bench_kernels
+
+BENCHES = {"data": bench_data, "kernels": bench_kernels}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    for name, module in BENCHES.items():
+        module.add_arguments(commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    return BENCHES[arguments.bench].run(arguments)

@@ -1,0 +1,94 @@
+"""Held-out figures of a run or an export: nll, perplexity, bits per byte and activation, domain by domain.
+
+megaboat eval runs/quickstart                         the validation split of the data that it was trained on
+megaboat eval runs/quickstart --data corpora/other    another dataset made with the same tokenizer
+megaboat eval runs/quickstart --text novel.txt        a text of yours
+"""
+
+import argparse
+import json
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaboat.data.config import DataConfig
+from megaboat.data.dataset import Dataset, open_dataset
+from megaboat.data.prepare import Request, prepare
+from megaboat.data.spill import PrepareOptions
+from megaboat.engine.evaluate import evaluate
+from megaboat.engine.ranks import Ranks
+from megaboat.errors import BadInput
+from megaboat.log import setup_logging
+from megaboat.tools.baselines import baselines
+from megaboat.tools.loading import LoadedRun, load_run
+
+ROWS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_OR_HF_DIR")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--data", type=Path, metavar="DIR", help="dataset folder; default: the run's own")
+    text.add_argument("--text", type=Path, metavar="FILE", help="a text (.txt) or Pile-style jsonl file instead")
+    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens of each source")
+    parser.add_argument("--seq-len", type=int, metavar="T", help="tokens in a row; default: as in training")
+    parser.add_argument("--baselines", action="store_true", help="also token unigrams, bigrams and zlib -9")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    setup_logging()
+    loaded = load_run(arguments.run)
+    with tempfile.TemporaryDirectory() as scratch:
+        dataset = _dataset(arguments, loaded, Path(scratch))
+        result = _evaluate(arguments, loaded, dataset)
+        peers = baselines(dataset, arguments.split) if arguments.baselines else {}
+    print(table(result, peers))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result | {"baselines": peers}, indent=1) + "\n")
+
+
+def table(result: dict[str, Any], peers: dict[str, dict[str, float]]) -> str:
+    """The figures as text: one line a domain, the whole last; peers are bits per byte of other models."""
+    heads = ["domain", "tokens", "nll", "perplexity", "bits/byte", "active", *peers]
+    lines = [heads]
+    for name, figures in {**result["domains"], "overall": result["overall"]}.items():
+        active = figures["activation_ratio"]
+        line = [name, f"{figures['tokens']:,}", f"{figures['nll']:.4f}", f"{figures['perplexity']:.2f}"]
+        line += [f"{figures['bits_per_byte']:.4f}", f"{sum(active) / len(active):.3f}" if active else "-"]
+        lines.append(line + [f"{peer[name]:.4f}" for peer in peers.values()])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+    )
+
+
+def _dataset(arguments: argparse.Namespace, loaded: LoadedRun, scratch: Path) -> Dataset:
+    if arguments.text is not None:
+        if not arguments.text.is_file():
+            raise BadInput(f"{arguments.text}: no such file")
+        options = PrepareOptions(default_source=arguments.text.stem)
+        prepare(Request({arguments.split: [arguments.text]}, str(loaded.tokenizer_file), scratch / "text", options))
+        return open_dataset(scratch / "text")
+    path = arguments.data or loaded.data.path
+    if path is None:
+        raise BadInput(f"{arguments.run} does not say which data it was trained on; name a dataset with --data")
+    dataset = open_dataset(path)
+    if arguments.split not in dataset.splits:
+        raise BadInput(f"{path}: no split {arguments.split!r}; it has {', '.join(dataset.splits)}")
+    dataset.check_tokenizer(loaded.tokenizer.content_id, str(arguments.run))
+    return dataset
+
+
+def _evaluate(arguments: argparse.Namespace, loaded: LoadedRun, dataset: Dataset) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = loaded.model.to(device).eval()
+    config = DataConfig(path=dataset.path, seq_len=arguments.seq_len or loaded.data.seq_len)
+    bf16 = device.type == "cuda"
+    with torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext():
+        return evaluate(model, config, dataset, Ranks(0, 1, device), ROWS, arguments.max_tokens, arguments.split)

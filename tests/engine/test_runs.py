@@ -1,0 +1,110 @@
+"""Whole runs: trained, killed, resumed elsewhere, asked to stop; each compared with an undisturbed one."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.distributed import run_on_ranks
+from tests.engine.conftest import tiny_config, tiny_tree
+from tests.engine.runs import losses, metrics, start_command, train_on_rank, write_config
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    config = tiny_config(dataset_folder, out, train__tensorboard=True)
+    assert run_on_ranks(train_on_rank, 1, config) == [("done", 20)]
+    return out
+
+
+def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
+    assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step-20"
+    assert sorted(path.name for path in (undisturbed / "checkpoints").glob("step-*")) == ["step-15", "step-20"]
+    assert {"config.yaml", "metrics.jsonl", "evaluation.jsonl", "data_ledger.jsonl", "tokenizer.model"} <= {
+        path.name for path in undisturbed.iterdir()
+    }
+    line = metrics(undisturbed)[-1]
+    assert line["tokens"] == 20 * 4 * 32
+    assert len(line["activation_ratio"]) == 2
+    assert line["mfu"] is None, "no device with a known peak ran this"
+    assert losses(undisturbed)[-1] < losses(undisturbed)[0] - 0.5, "twenty steps lower the loss of any sound trainer"
+    evaluation = json.loads((undisturbed / "evaluation.jsonl").read_text())
+    assert set(evaluation["domains"]) == {"lib", "other-x"}
+    assert evaluation["overall"]["tokens"] == sum(domain["tokens"] for domain in evaluation["domains"].values())
+
+
+def test_tensorboard_holds_the_same_curve(undisturbed: Path) -> None:
+    events = EventAccumulator(str(undisturbed / "tensorboard"))
+    events.Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert curve == [(line["step"], pytest.approx(line["loss"])) for line in metrics(undisturbed)]
+    assert {"activation/layer_00", "activation/layer_01", "bits_per_byte/overall"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(("size", "zero"), [(2, 1), (2, 3), (4, 2)], ids=["2xzero1", "2xzero3", "4xzero2"])
+def test_more_ranks_give_the_same_run(
+    undisturbed: Path, dataset_folder: Path, tmp_path: Path, size: int, zero: int
+) -> None:
+    config = tiny_config(dataset_folder, tmp_path / "run", train__micro_batch=1, parallel__zero=zero)
+    assert run_on_ranks(train_on_rank, size, config) == [("done", 20)] * size
+    assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed), rel=1e-5)
+    ledgers = [(out / "data_ledger.jsonl").read_text() for out in (undisturbed, tmp_path / "run")]
+    assert ledgers[0] == ledgers[1]
+    evaluations = [json.loads((out / "evaluation.jsonl").read_text()) for out in (undisturbed, tmp_path / "run")]
+    assert evaluations[1]["overall"]["nll"] == pytest.approx(evaluations[0]["overall"]["nll"], rel=1e-5)
+
+
+def test_resumes_at_another_layout(dataset_folder: Path, tmp_path: Path) -> None:
+    """10 steps on 2 ranks under ZeRO-1, 5 on 1 under ZeRO-3, 5 on 4 under ZeRO-2: one undisturbed curve."""
+    rate = {"optim__schedule": "constant", "optim__warmup": 0.0}  # the only schedule that does not know the last step
+    for until, size, zero in ((10, 2, 1), (15, 1, 3), (20, 4, 2)):
+        changes = rate | {"train__steps": until, "train__micro_batch": 1, "parallel__zero": zero}
+        config = tiny_config(dataset_folder, tmp_path / "moved", **changes)
+        assert run_on_ranks(train_on_rank, size, config) == [("done", until)] * size
+    run_on_ranks(train_on_rank, 1, tiny_config(dataset_folder, tmp_path / "whole", **rate))
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def wait_for_step(out: Path, step: int, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step} within {seconds} s")
+
+
+def test_kill_9_and_the_same_command_again(undisturbed: Path, dataset_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", tiny_tree(dataset_folder, out))
+    killed = start_command("train", str(config))
+    wait_for_step(out, 7)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (out / "outcome.json").exists(), "the run was over before it was killed"
+    again = start_command("train", str(config))
+    _, messages = again.communicate(timeout=120)
+    assert again.returncode == 0, messages
+    assert "resumed" in messages
+    assert losses(out) == losses(undisturbed)
+    assert json.loads((out / "outcome.json").read_text())["outcome"] == "done"
+
+
+def test_sigterm_saves_and_asks_to_be_requeued(undisturbed: Path, dataset_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", tiny_tree(dataset_folder, out, train__save_every=0))
+    stopped = start_command("train", str(config))
+    wait_for_step(out, 4)
+    stopped.send_signal(signal.SIGTERM)
+    _, messages = stopped.communicate(timeout=120)
+    assert stopped.returncode == 0, messages
+    outcome = json.loads((out / "outcome.json").read_text())
+    assert outcome["outcome"] == "requeue"
+    assert "SIGTERM" in outcome["reason"]
+    assert (out / "checkpoints" / "latest").read_text().strip() == f"step-{outcome['step']}"
+    assert run_on_ranks(train_on_rank, 2, tiny_config(dataset_folder, out, train__micro_batch=1))[0] == ("done", 20)
+    assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-5)
