@@ -41,6 +41,11 @@ class Dataset:
         self.dataset_id = dataset_id(path)
         self.vocab_size: int = self.index["vocab_size"]
         self.dtype = np.dtype(self.index["dtype"])
+        if self.vocab_size > np.iinfo(self.dtype).max + 1:
+            raise BadInput(
+                f"{path}: a vocabulary of {self.vocab_size:,} does not fit tokens of type {self.dtype.name}; "
+                "prepare the data again"
+            )
         self.eos_id: int | None = self.index["eos_id"]
         self.splits: dict[str, list[str]] = {split: sorted(sources) for split, sources in self.index["splits"].items()}
         file = self.index["tokenizer"]["file"]

@@ -1,4 +1,4 @@
-"""Measure, beside a named peer: `bench data` the way from shards to batches, `bench kernels` the kernels on this GPU."""
+"""Measure beside a named peer: `bench data` the way from shards to batches, `bench kernels` the kernels of this GPU."""
 
 import argparse
 

@@ -1,0 +1,142 @@
+"""What a user can get wrong: one clear line, exit code 2 or 3, and nothing written over."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megaboat.cli import main
+from megaboat.data.prepare import Request, prepare
+from megaboat.data.train_tokenizer import train_tokenizer
+from tests.corpus import real_texts, write_jsonl
+from tests.distributed import run_on_ranks
+from tests.engine.conftest import tiny_config, tiny_tree
+from tests.engine.runs import start_command, train_on_rank, write_config
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    """The one line that the command prints, after its progress bars, before it ends with `code`."""
+    assert main(list(arguments)) == code
+    lines = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
+    said = [line for line in lines if line.startswith("megaboat ")]
+    assert said == lines[-1:]
+    return said[0]
+
+
+@pytest.fixture
+def trained(dataset_folder: Path, tmp_path: Path) -> Path:
+    """A run of five steps."""
+    out = tmp_path / "run"
+    run_on_ranks(train_on_rank, 1, tiny_config(dataset_folder, out, train__steps=5))
+    return out
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_missing_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny_tree(tmp_path / "absent", tmp_path / "run"))
+    message = refused(capsys, "train", str(config))
+    assert str(tmp_path / "absent") in message
+    assert "megaboat data prepare" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_corpus_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path / "run.yaml", {"train": {"out": str(tmp_path / "run")}})
+    assert "data.path is not set" in refused(capsys, "train", str(config))
+
+
+def test_corpus_without_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    out = tmp_path / "tokens"
+    message = refused(capsys, "data", "prepare", "--input", str(empty), "--tokenizer", "bytes+eos", "--out", str(out))
+    assert "empty.jsonl" in message
+    assert not (out / "index.json").exists()
+
+
+def test_vocabulary_smaller_than_the_shards(
+    dataset_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny_tree(dataset_folder, tmp_path / "run", model__vocab_size=100)
+    message = refused(capsys, "train", str(write_config(tmp_path / "run.yaml", tree)))
+    assert "model.vocab_size 100 is smaller than the vocabulary" in message
+
+
+def test_vocabulary_larger_than_the_dtype(
+    dataset_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "tokens"
+    copy.mkdir()
+    for path in dataset_folder.rglob("*"):
+        if path.is_file():
+            (copy / path.relative_to(dataset_folder)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(dataset_folder)).write_bytes(path.read_bytes())
+    index = json.loads((copy / "index.json").read_text())
+    index["vocab_size"] = 70_000
+    (copy / "index.json").write_text(json.dumps(index))
+    config = write_config(tmp_path / "run.yaml", tiny_tree(copy, tmp_path / "run"))
+    message = refused(capsys, "train", str(config))
+    assert "vocabulary of 70,000" in message
+    assert "uint16" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_do_not_fit_the_ranks(
+    dataset_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny_tree(dataset_folder, tmp_path / "run", train__micro_batch=3)
+    message = refused(capsys, "train", str(write_config(tmp_path / "run.yaml", tree)))
+    assert "train.global_batch 4 is not a multiple of 1 ranks x train.micro_batch 3" in message
+
+
+def test_a_run_of_another_model(trained: Path, dataset_folder: Path) -> None:
+    before = snapshot(trained)
+    config = tiny_config(dataset_folder, trained, train__steps=5, model__layers=3)
+    with pytest.raises(AssertionError, match="train.out holds a run of another model"):
+        run_on_ranks(train_on_rank, 1, config)
+    assert snapshot(trained) == before
+
+
+def test_a_tokenizer_that_does_not_match(trained: Path, dataset_folder: Path, tmp_path: Path) -> None:
+    texts = write_jsonl(tmp_path / "other.jsonl", real_texts(20, max_chars=4000))
+    train_tokenizer([texts], 400, tmp_path / "other.model")
+    prepare(Request({"train": [texts]}, str(tmp_path / "other.model"), tmp_path / "other"))
+    before = snapshot(trained)
+    tree = tiny_tree(tmp_path / "other", trained, train__steps=10)
+    command = start_command("train", str(write_config(tmp_path / "run.yaml", tree)))
+    _, messages = command.communicate(timeout=120)
+    assert command.returncode == 2, messages
+    line = next(line for line in messages.splitlines() if line.startswith("megaboat train: "))
+    assert "tokenizer" in line
+    assert snapshot(trained) == before
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(dataset_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run_on_ranks(train_on_rank, 1, tiny_config(dataset_folder, out, train__steps=10))
+    weights = out / "checkpoints" / "step-10" / "model-00001.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-5] ^= 1
+    weights.write_bytes(damaged)
+    assert run_on_ranks(train_on_rank, 1, tiny_config(dataset_folder, out, train__steps=10)) == [("done", 10)]
+    assert weights.read_bytes() != bytes(damaged), "steps 6 to 10 were done again from step 5"
+
+
+def test_a_flipped_byte_in_a_shard_stops_with_3(dataset_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tokens"
+    for path in dataset_folder.rglob("*"):
+        if path.is_file():
+            (copy / path.relative_to(dataset_folder)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(dataset_folder)).write_bytes(path.read_bytes())
+    for shard in copy.rglob("train/*.tar"):
+        content = bytearray(shard.read_bytes())
+        content[3000] ^= 1
+        shard.write_bytes(content)
+    command = start_command("train", str(write_config(tmp_path / "run.yaml", tiny_tree(copy, tmp_path / "run"))))
+    _, messages = command.communicate(timeout=120)
+    assert command.returncode == 3, messages
+    line = next(line for line in messages.splitlines() if line.startswith("megaboat train: "))
+    assert ".tar" in line
+    assert "block 0" in line
