@@ -161,31 +161,38 @@ def initialize(model: SeqBoat, seed: int) -> None:
     | configurator temperature                   | temperature_scale * sqrt(width)        |
     """
     generator = torch.Generator(device=model.embedding.weight.device).manual_seed(seed)
+    for module in model.modules():
+        initialize_module(module, model.config, generator)
+
+
+@torch.no_grad()
+def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch.Generator | None = None) -> None:
+    """The part of `initialize` that concerns the parameters of this module itself."""
 
     def truncated(parameter: Tensor, deviation: float) -> None:
         nn.init.trunc_normal_(parameter, 0.0, deviation, -2 * deviation, 2 * deviation, generator=generator)
 
-    model.embedding.weight.normal_(0, model.config.width**-0.5, generator=generator)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            truncated(module.weight, 0.02)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, GatedAttentionUnit):
-            for scale, bias in ((module.scale_q, module.bias_q), (module.scale_k, module.bias_k)):
-                truncated(scale, 0.02)
-                bias.zero_()
-        elif isinstance(module, DampedEMA):
-            truncated(module.smoothing, 0.2)
-            truncated(module.damping, 0.2)
-            truncated(module.expansion, 0.02)
-            module.expansion[:, 0::2] += 1
-            module.expansion[:, 1::2] -= 1
-            truncated(module.projection, 1.0)
-            truncated(module.skip, 1.0)
-        elif isinstance(module, Configurator):
-            module.center_D.zero_()
-            module.log_temperature.fill_(initial_log_temperature(model.config.width, model.config.temperature_scale))
-        elif isinstance(module, LayerNorm) and module.weight is not None:
-            module.weight.fill_(1)
+    if isinstance(module, nn.Embedding):
+        module.weight.normal_(0, config.width**-0.5, generator=generator)
+    elif isinstance(module, nn.Linear):
+        truncated(module.weight, 0.02)
+        if module.bias is not None:
             module.bias.zero_()
+    elif isinstance(module, GatedAttentionUnit):
+        for scale, bias in ((module.scale_q, module.bias_q), (module.scale_k, module.bias_k)):
+            truncated(scale, 0.02)
+            bias.zero_()
+    elif isinstance(module, DampedEMA):
+        truncated(module.smoothing, 0.2)
+        truncated(module.damping, 0.2)
+        truncated(module.expansion, 0.02)
+        module.expansion[:, 0::2] += 1
+        module.expansion[:, 1::2] -= 1
+        truncated(module.projection, 1.0)
+        truncated(module.skip, 1.0)
+    elif isinstance(module, Configurator):
+        module.center_D.zero_()
+        module.log_temperature.fill_(initial_log_temperature(config.width, config.temperature_scale))
+    elif isinstance(module, LayerNorm) and module.weight is not None:
+        module.weight.fill_(1)
+        module.bias.zero_()

@@ -25,7 +25,7 @@ def main(export: str, work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     inputs = json.loads((work / "inputs.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
     ids = [tokenizer(text)["input_ids"] for text in inputs["texts"]]
     model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype=torch.float32).eval()
     wish = {"output_decisions": True} if model.config.model_type == "seqboat" else {}

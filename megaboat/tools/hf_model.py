@@ -13,17 +13,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput as NamedOutput
 
 from megaboat.layers.documents import Documents
-from megaboat.model.seqboat import DecodingState, Head, SeqBoat, initialize
+from megaboat.model.seqboat import DecodingState, Head, SeqBoat, initialize_module
 from megaboat.tools.hf_config import SeqBoatConfig
 
 
 class SeqBoatCache:
-    """What `generate` hands from call to call as `past_key_values`: the decoding state, whose size never changes."""
+    """What `generate` hands from call to call as `past_key_values`: the decoding state, whose size never changes.
+
+    The first forward pass sets `state`.
+    """
 
     is_compileable = False
 
-    def __init__(self, state: DecodingState) -> None:
-        self.state = state
+    def __init__(self) -> None:
+        self.state: DecodingState | None = None
         self.tokens_read = 0
         self.all_started = False
 
@@ -33,6 +36,7 @@ class SeqBoatCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i goes on from the memory of sequence beam_idx[i]."""
+        assert self.state is not None, "nothing was read yet"
         self.state.select(beam_idx.to(self.state.position_B.device))
 
 
@@ -79,20 +83,21 @@ class SeqBoatForCausalLM(PreTrainedModel, GenerationMixin):
         `attention_mask` (B, T), or with the tokens read before in front: zeros at the start of a row are padding.
         """
         B, T = input_ids.shape
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = SeqBoatCache(self.model.new_state(B))
-        if cache is not None and cache.all_started and T == 1:
-            logits_BV, routings = self.model.step(input_ids[:, 0], cache.state)
+        cache = SeqBoatCache() if past_key_values is None and use_cache else past_key_values
+        if cache is not None and cache.state is None:
+            cache.state = self.model.new_state(B)
+        state = cache.state if cache is not None else None
+        if cache is not None and state is not None and cache.all_started and T == 1:
+            logits_BV, routings = self.model.step(input_ids[:, 0], state)
             logits = logits_BV[:, None]
         else:
-            docs = self._documents(input_ids, attention_mask, cache)
-            output = self.model(input_ids, docs, state=cache.state if cache else None)
+            docs = self._documents(input_ids, attention_mask, state)
+            output = self.model(input_ids, docs, state=state)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits, routings = self.model.head(output.hidden_BTD[:, kept]), output.routings
-        if cache is not None:
+        if cache is not None and state is not None:
             cache.tokens_read += T
-            cache.all_started = cache.all_started or bool((cache.state.position_B > 0).all())
+            cache.all_started = cache.all_started or bool((state.position_B > 0).all())
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -102,9 +107,9 @@ class SeqBoatForCausalLM(PreTrainedModel, GenerationMixin):
         result = SeqBoatOutput(loss, logits, cache, decisions)
         return result.to_tuple() if return_dict is False else result
 
-    def _documents(self, input_ids: Tensor, attention_mask: Tensor | None, cache: SeqBoatCache | None) -> Documents:
+    def _documents(self, input_ids: Tensor, attention_mask: Tensor | None, state: DecodingState | None) -> Documents:
         B, T = input_ids.shape
-        start_B = cache.state.position_B if cache else torch.zeros(B, dtype=torch.int64, device=input_ids.device)
+        start_B = state.position_B if state else torch.zeros(B, dtype=torch.int64, device=input_ids.device)
         if attention_mask is None:
             return Documents.whole(B, T, input_ids.device, start_B)
         if attention_mask.ndim != 2:
@@ -138,10 +143,10 @@ class SeqBoatForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """A model without weights is drawn as training draws it; loaded parameters are left alone."""
-        loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
-        if isinstance(module, SeqBoat) and not loaded:
-            initialize(module, torch.initial_seed() % (1 << 63))
+        own = module.parameters(recurse=False)
+        if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in own):
+            initialize_module(module, self.config)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *_: Any, **__: Any) -> None:
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = SeqBoatCache()

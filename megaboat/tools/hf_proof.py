@@ -51,7 +51,7 @@ def held_out(config: RunConfig, tokenizer: Tokenizer, file: Path | None) -> Held
             raise BadInput(f"{file}: cannot be read as text: {error}") from None
     else:
         texts, origin = _validation_texts(config, length), "the validation split"
-    if not any(texts):
+    if file is None and not any(texts):
         library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[::40]
         texts, origin = [path.read_text(errors="replace") for path in library], "Python's standard library"
     ids = [tokenizer.encode(text).tolist() for text in texts]
@@ -91,7 +91,7 @@ def _run_child(export: Path, work: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-I", str(CHILD), str(export.resolve()), str(work)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
         raise DamagedData(f"{export}: the export cannot be loaded without megaboat: {last}")

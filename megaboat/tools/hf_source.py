@@ -139,9 +139,10 @@ class Flattener:
         if origin in self.elsewhere:
             origin, attribute = "." + self.elsewhere[origin], attribute
         elif origin.startswith("megaboat"):
-            if attribute is None or LEFT_OUT.match(origin):
+            found = self._find(self._module(origin), attribute) if attribute else None
+            if found is None or LEFT_OUT.match(origin):
                 raise ValueError(f"{module.name}: {name} cannot be moved out of the package")
-            return self._find(self._module(origin), attribute)
+            return found
         if self.outside.setdefault(name, (origin, attribute)) != (origin, attribute):
             raise ValueError(f"{module.name}: {name} is imported from two places")
         return name

@@ -1,0 +1,102 @@
+"""`megaboat generate`: whole characters as they come, from runs and checkpoints, and clear words for the rest."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaboat.data.tokenizer import Tokenizer, open_tokenizer
+from megaboat.data.train_tokenizer import train_tokenizer
+from megaboat.tools import generate as command
+from megaboat.tools.generate import TextStream
+from tests.corpus import real_texts, write_jsonl
+from tests.tools.hf_runs import SMALL, make_run
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("pieces")
+    return train_tokenizer([write_jsonl(folder / "a.jsonl", real_texts(10))], 500, folder / "t.model")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "bytes", None, SMALL, tokenizer="bytes+eos")
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
+    stream = TextStream(tokenizer)
+    parts = [stream.push(token) for token in ids]
+    return "".join([*parts, stream.end()])
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_the_stream_is_the_text(pieces: Tokenizer, text: str) -> None:
+    for tokenizer in (pieces, open_tokenizer("bytes")):
+        ids = tokenizer.encode(text).tolist()
+        stream = TextStream(tokenizer)
+        parts = [stream.push(token) for token in ids]
+        assert "".join([*parts, stream.end()]) == tokenizer.decode(ids)
+        if "\ufffd" not in text:
+            assert not any("\ufffd" in part for part in parts), "a broken character was shown"
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.one_of(st.sampled_from([0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0xC3]), st.integers(0, 255))))
+def test_broken_bytes_stream_as_they_decode(pieces: Tokenizer, ids: list[int]) -> None:
+    assert streamed(open_tokenizer("bytes"), ids) == bytes(ids).decode(errors="replace")
+    as_pieces = [index + 3 for index in ids]  # byte pieces follow <unk>, <s> and </s>
+    assert streamed(pieces, as_pieces) == pieces.decode(as_pieces)
+
+
+def generate(*arguments: str) -> int:
+    """What the command line does after parsing the command's name."""
+    import argparse
+
+    from megaboat.errors import MegaboatError
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    try:
+        return command.run(parser.parse_args(arguments)) or 0
+    except MegaboatError as error:
+        print(f"megaboat generate: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def test_the_same_seed_gives_the_same_text_from_run_and_checkpoint(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for source in (run_folder, run_folder / "checkpoints" / "step-3"):
+        assert generate(str(source), "--prompt", "import os\n", "--max-tokens", "20", "--seed", "5") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].startswith("import os\n")
+    assert len(said[0]) > len("import os\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--top-p", "2"], "top_p in (0, 1]"),
+    ],
+)
+def test_bad_options_are_one_line(
+    arguments: list[str], reason: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(str(run_folder), *arguments) == 2
+    complaint = capsys.readouterr().err
+    assert reason in complaint
+    assert complaint.count("\n") == 1
+
+
+def test_a_folder_of_something_else_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(str(tmp_path), "--prompt", "x") == 2
+    assert f"{tmp_path}: neither a run nor an export" in capsys.readouterr().err
+    assert generate(str(tmp_path / "absent"), "--prompt", "x") == 2
+    assert "no such folder" in capsys.readouterr().err
