@@ -21,6 +21,7 @@ from megaboat.kernels.ema_common_triton import (
     lanes,
     load_rows,
     reset_byte,
+    scan_kernel,
     store_rows,
     weighted_sum,
 )
@@ -63,10 +64,10 @@ def accumulate(b_sum, b_u, b_x, N: tl.constexpr):
     return b_next
 
 
-@triton.jit
+@scan_kernel
 def ema_bwd_state_kernel(
-    dy, pre, dpre, decay, resets, dstate, carry, broken, T, D, K, G,
-    N: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    dy, pre, dpre, decay, resets, dstate, carry, broken, T, K, G,
+    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     HAS_RESETS: tl.constexpr, HAS_DSTATE: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """carry[b, k] (2, N, D): u and w after chunk k had it started from zero. With SILU also dpre, dy through SiLU.
@@ -131,10 +132,10 @@ def ema_bwd_state_kernel(
         tl.store(broken + i_b * K + i_k, (seen != 0).to(tl.uint8))
 
 
-@triton.jit
+@scan_kernel
 def ema_bwd_carry_kernel(
-    decay, carry, broken, D, K,
-    N: tl.constexpr, LOG_C: tl.constexpr, BE: tl.constexpr, HAS_RESETS: tl.constexpr,
+    decay, carry, broken, K,
+    D: tl.constexpr, N: tl.constexpr, LOG_C: tl.constexpr, BE: tl.constexpr, HAS_RESETS: tl.constexpr,
 ):  # fmt: skip
     """Links the chunks in place, from chunk K - 2 down to 1: U = q^C U + u, W = q^C W + C q^(C-1) U + w."""
     i_e, i_b = tl.program_id(0), tl.program_id(1)
@@ -142,8 +143,8 @@ def ema_bwd_carry_kernel(
     m_e = o_e < N * D
     o_dn = (o_e % D) * N + o_e // D
     b_decay, b_slope = chunk_decay(tl.load(decay + o_dn, mask=m_e, other=0.0), LOG_C)
-    stride = (2 * N * D).to(tl.int64)
-    p_carry = carry + i_b * K * stride + o_e
+    stride = 2 * N * D
+    p_carry = carry + i_b.to(tl.int64) * K * stride + o_e
     p_last = p_carry + (K - 1) * stride
     b_U = tl.load(p_last, mask=m_e)
     b_W = tl.load(p_last + N * D, mask=m_e)
@@ -166,10 +167,10 @@ def ema_bwd_carry_kernel(
             tl.store(p_carry + k * stride + N * D, b_W, mask=lanes(o_e, N * D, k > 0))
 
 
-@triton.jit
+@scan_kernel
 def ema_bwd_input_kernel(
-    x, dy, decay, weight, skip, resets, state, carry, dstate, dx, dcoef, dstate_in, T, D, K, G,
-    N: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, HAS_RESETS: tl.constexpr,
+    x, dy, decay, weight, skip, resets, state, carry, dstate, dx, dcoef, dstate_in, T, K, G,
+    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, HAS_RESETS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_DSTATE: tl.constexpr,
 ):  # fmt: skip
     """dx, this chunk's share dcoef[b, k] (2 N + 1, D) of d decay, d weight, d skip, and the given state's gradient.

@@ -13,6 +13,7 @@ from megaboat.kernels.ema_common_triton import (
     lanes,
     load_rows,
     reset_byte,
+    scan_kernel,
     store_rows,
     weighted_sum,
 )
@@ -36,10 +37,10 @@ def store_output(y, pre, offset, b_y, mask, SILU: tl.constexpr, SAVE_PRE: tl.con
     tl.store(y + offset, b_y.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@scan_kernel
 def ema_fwd_state_kernel(
-    x, decay, resets, carry, broken, T, D, K, G,
-    N: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, HAS_RESETS: tl.constexpr,
+    x, decay, resets, carry, broken, T, K, G,
+    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, HAS_RESETS: tl.constexpr,
 ):  # fmt: skip
     """carry[b, k] (N, D): the state after chunk k had it started from zero; broken[b, k]: a document begins in it.
 
@@ -74,10 +75,11 @@ def ema_fwd_state_kernel(
         tl.store(broken + i_b * K + i_k, (seen != 0).to(tl.uint8))
 
 
-@triton.jit
+@scan_kernel
 def ema_fwd_carry_kernel(
-    decay, state, carry, broken, D, K,
-    N: tl.constexpr, LOG_C: tl.constexpr, BE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_RESETS: tl.constexpr,
+    decay, state, carry, broken, K,
+    D: tl.constexpr, N: tl.constexpr, LOG_C: tl.constexpr, BE: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_RESETS: tl.constexpr,
 ):  # fmt: skip
     """Links the chunks in place: carry[b, k] becomes the true state after chunk k. Grid (N * D / BE, B)."""
     i_e, i_b = tl.program_id(0), tl.program_id(1)
@@ -88,8 +90,8 @@ def ema_fwd_carry_kernel(
     b_h = tl.zeros([BE], tl.float32)
     if HAS_STATE:
         b_h = tl.load(state + i_b.to(tl.int64) * D * N + o_dn, mask=m_e)
-    stride = (N * D).to(tl.int64)
-    p_carry = carry + i_b * K * stride + o_e
+    stride = N * D
+    p_carry = carry + i_b.to(tl.int64) * K * stride + o_e
     for k in range(0, K - 1, GROUP):
         # Loads first, stores last: with both in one loop each load would wait for the store before it.
         b_all = ()
@@ -103,10 +105,10 @@ def ema_fwd_carry_kernel(
             tl.store(p_carry + (k + j) * stride, b_h, mask=lanes(o_e, N * D, k + j < K - 1))
 
 
-@triton.jit
+@scan_kernel
 def ema_fwd_output_kernel(
-    x, decay, weight, skip, resets, state, carry, y, pre, state_out, T, D, K, G,
-    N: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    x, decay, weight, skip, resets, state, carry, y, pre, state_out, T, K, G,
+    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     HAS_RESETS: tl.constexpr, HAS_STATE: tl.constexpr, SILU: tl.constexpr, SAVE_PRE: tl.constexpr,
 ):  # fmt: skip
     """y, before SiLU also `pre` if wanted for the backward pass, and the state after each row. Grid (D / BD, K, B)."""

@@ -146,14 +146,14 @@ def ema_fwd(
     resets, state = broken if resets is None else resets, decay if state is None else state
     if K > 1:
         fwd.ema_fwd_state_kernel[cut.grid(K - 1)](
-            x, decay, resets, carry, broken, T, D, K, G, N, C, BD, has_resets, num_warps=WARPS
+            x, decay, resets, carry, broken, T, K, G, D, N, C, BD, has_resets, num_warps=WARPS
         )
         fwd.ema_fwd_carry_kernel[cut.carry_grid](
-            decay, state, carry, broken, D, K, N, cut.log_C, CARRY_LANES, has_state, has_resets, num_warps=1
+            decay, state, carry, broken, K, D, N, cut.log_C, CARRY_LANES, has_state, has_resets, num_warps=1
         )
     fwd.ema_fwd_output_kernel[cut.grid(K)](
-        x, decay, weight, skip, resets, state, carry, y, y if pre is None else pre, state_out, T, D, K, G,
-        N, C, BD, has_resets, has_state, silu, save_pre, num_warps=WARPS,
+        x, decay, weight, skip, resets, state, carry, y, y if pre is None else pre, state_out, T, K, G,
+        D, N, C, BD, has_resets, has_state, silu, save_pre, num_warps=WARPS,
     )  # fmt: skip
     return y, pre, state_out
 
@@ -184,19 +184,17 @@ def ema_bwd(
     dpre = torch.empty_like(dy) if silu else dy
     if K > 1 or silu:
         bwd.ema_bwd_state_kernel[cut.grid(K if silu else K - 1)](
-            dy, pre, dpre, decay, resets, dstate_out, carry, broken, T, D, K, G,
-            N, C, BD, has_resets, has_dstate, silu, num_warps=WARPS,
+            dy, pre, dpre, decay, resets, dstate_out, carry, broken, T, K, G,
+            D, N, C, BD, has_resets, has_dstate, silu, num_warps=WARPS,
         )  # fmt: skip
     if K > 1:
         bwd.ema_bwd_carry_kernel[cut.carry_grid](
-            decay, carry, broken, D, K, N, cut.log_C, CARRY_LANES, has_resets, num_warps=1
+            decay, carry, broken, K, D, N, cut.log_C, CARRY_LANES, has_resets, num_warps=1
         )
-    # Left alone the compiler takes 240 registers to reorder loads, and two programs share a multiprocessor, not three.
-    registers = 168 if N <= 16 else None
     bwd.ema_bwd_input_kernel[cut.grid(K)](
         x, dpre, decay, weight, skip, resets, decay if state is None else state, carry, dstate_out,
-        dx, dcoef, decay if dstate is None else dstate, T, D, K, G,
-        N, C, BD, has_resets, has_state, has_dstate, num_warps=WARPS, maxnreg=registers,
+        dx, dcoef, decay if dstate is None else dstate, T, K, G,
+        D, N, C, BD, has_resets, has_state, has_dstate, num_warps=WARPS,
     )  # fmt: skip
     ddecay, dweight, dskip = dcoef.sum(0).split([N, N, 1])
     return dx, ddecay.T, dweight.T, dskip[0], dstate

@@ -19,7 +19,7 @@ on_gpu = [
 ]
 DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=on_gpu)]
 # Lengths around a group of 8 and around chunks, on either side.
-LENGTHS = [1, 63, 257] + [pytest.param(T, marks=on_gpu) for T in (7, 8, 64, 255, 1000, 5000)]
+LENGTHS = [1, 63, 257] + [pytest.param(T, marks=on_gpu) for T in (7, 8, 64, 255, 1000)]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def run_both(T: int, D: int, N: int, device: str, dtype: torch.dtype, silu: bool
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("T", LENGTHS)
 def test_everything_at_once(T: int, device: str) -> None:
-    device_sizes = {"cpu": (5, 3), "cuda": (300, 16)}
+    device_sizes = {"cpu": (5, 3), "cuda": (130, 16)}
     D, N = device_sizes[device]
     run_both(T, D, N, device, torch.float32, silu=True, resets=True, state=True, dstate=True)
 
@@ -60,7 +60,7 @@ def test_parts_in_half_precision(silu: bool, options: dict[str, bool], device: s
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("N", [1, 16, pytest.param(2, marks=on_gpu), pytest.param(32, marks=on_gpu)])
 def test_orders(N: int, device: str) -> None:
-    run_both(70 if device == "cpu" else 2000, 130, N, device, torch.float32, resets=True)
+    run_both(70 if device == "cpu" else 700, 130, N, device, torch.float32, resets=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
