@@ -56,7 +56,7 @@ class SeqBoatForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SeqBoatConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SeqBoatBlock"]
+    _no_split_modules = ["SeqBoat"]  # decoding keeps the state of all layers on one device
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
     _keep_in_fp32_modules_strict = {"ema", "configurator", "norm", "ffn_norm"}
     _is_stateful = True
