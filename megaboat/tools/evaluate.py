@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
         result = _evaluate(arguments, loaded, dataset)
         peers = baselines(dataset, arguments.split) if arguments.baselines else {}
     print(table(result, peers))
+    if peers and arguments.data is None and arguments.text is None and (arguments.run / "checkpoints").is_dir():
+        (arguments.run / "baselines.json").write_text(json.dumps(peers, indent=1) + "\n")  # the report shows them
     if arguments.json:
         arguments.json.write_text(json.dumps(result | {"baselines": peers}, indent=1) + "\n")
 

@@ -19,7 +19,7 @@ from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
 
 RECIPE = Path("data/embedded.py")
-PROMPT = "The Python Standard Library"
+PROMPT = "Return a new string"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
