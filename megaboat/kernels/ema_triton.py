@@ -15,7 +15,7 @@ GROUP = _GROUP.value
 WARPS = 4
 CARRY_LANES = 128
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 1024
-PROGRAMS = 1000  # two waves or more on 132 multiprocessors; beyond that longer chunks are better: less carry traffic
+PROGRAMS = 500  # four or so on each of 132 multiprocessors; beyond that longer chunks are better: less carry traffic
 
 
 def ema_triton(
