@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inwards.add_argument("source", type=Path, metavar="DIR", help="folder that to-hf wrote")
     for action in (outwards, inwards):
         action.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-        action.add_argument("--force", action="store_true", help="replace a folder that is not empty")
+        action.add_argument("--force", action="store_true", help="replace an older export or run there")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -48,7 +48,10 @@ The code in this folder is part of megaboat (MIT).
 
 SEQBOAT = """A SeqBoat language model (Ren et al., NeurIPS 2023): a linear recurrence reads every token, and layer by
 layer the model decides for each token whether attention runs. Memory and time per generated token do not grow with the
-length of the text. `model(..., output_decisions=True).decisions` shows which tokens each layer chose."""
+length of the text. `model(..., output_decisions=True).decisions` shows which tokens each layer chose.
+
+The code here is plain torch. Where megaboat is installed, `megaboat.tools.hf_model.SeqBoatForCausalLM.from_pretrained`
+loads the same folder with its GPU kernels."""
 LLAMA = "A Llama model, trained by megaboat as the dense baseline of its SeqBoat models."
 
 

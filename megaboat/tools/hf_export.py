@@ -39,11 +39,11 @@ def export(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the newest checkpoint of `run` to `out` for Hugging Face. Returns the figures of the proof.
 
-    Raises BadInput for a folder that is no run, an `out` that is in use (unless `force`) or a tokenizer that cannot be
-    exported; DamagedData for a broken checkpoint and for an export that does not do what the model does. Then `out`
-    is as it was.
+    Raises BadInput for a folder that is no run, an `out` in use (`force` replaces an older export) or a tokenizer that
+    cannot be exported; DamagedData for a broken checkpoint and for an export that does not do what the model does.
+    Then `out` is as it was.
     """
-    _check_free(out, force)
+    _check_free(out, EXPORT_FILE if force else None)
     checkpoint = newest_checkpoint(run)
     checkpoint.verify()
     config, tokenizer = checkpoint.config, tokenizer_of(checkpoint)
@@ -52,9 +52,9 @@ def export(
     tensors = checkpoint.model()
     load_weights(model, with_unsaved(model, tensors), str(checkpoint.folder))
     state = {key: value for key, value in checkpoint.state.items() if key != "format"}
-    with _Folder(out, force) as folder:
-        write_weights(folder, tensors, config, shard_bytes)
+    with _Folder(out) as folder:
         write_fast_tokenizer(tokenizer, folder)
+        write_weights(folder, tensors, config, shard_bytes)
         _write_configs(folder, config, tokenizer)
         if isinstance(config.model, SeqBoatConfig):
             (folder / "modeling_seqboat.py").write_text(modeling_code())
@@ -73,14 +73,14 @@ def import_export(source: Path, run: Path, force: bool = False) -> Path:
     """
     if not (source / EXPORT_FILE).is_file():
         raise BadInput(f"{source}: no {EXPORT_FILE}; expected a folder that `megaboat convert to-hf` wrote")
-    _check_free(run, force)
+    _check_free(run, "checkpoints" if force else None)
     exported = Export(source)
     exported.verify()
     tokenizer = tokenizer_of(exported)
     config = exported.config.model_copy(update={"train": exported.config.train.model_copy(update={"out": run})})
     model = build_model(config.model, seed=0)
     load_weights(model, with_unsaved(model, exported.model()), str(source))
-    with _Folder(run, force) as folder:
+    with _Folder(run) as folder:
         dump_config(config, folder / "config.yaml")
         content = tokenizer.model_bytes()
         if content is not None:
@@ -145,17 +145,19 @@ def _run_of(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder.parent.parent
 
 
-def _check_free(out: Path, force: bool) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not force):
-        raise BadInput(f"{out}: exists and is not empty; choose another folder or add --force")
+def _check_free(out: Path, replaceable: str | None) -> None:
+    """Refuse a folder that holds something, unless it holds `replaceable`, the mark of what we would write."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (replaceable and (out / replaceable).exists())):
+        hint = f"has no {replaceable}, so --force leaves it alone" if replaceable else "choose another or add --force"
+        raise BadInput(f"{out}: exists and is not empty; {hint}")
 
 
 class _Folder:
     """A folder that appears under its name when the block ends well, and not at all when it does not."""
 
-    def __init__(self, out: Path, force: bool) -> None:
-        self.out, self.force = out, force
-        self.scratch = out.with_name(out.name + ".tmp")
+    def __init__(self, out: Path) -> None:
+        self.out = out.resolve()
+        self.scratch = self.out.with_name(self.out.name + ".tmp")
 
     def __enter__(self) -> Path:
         shutil.rmtree(self.scratch, ignore_errors=True)

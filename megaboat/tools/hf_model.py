@@ -70,6 +70,7 @@ class SeqBoatForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         past_key_values: SeqBoatCache | None = None,
         use_cache: bool | None = None,
@@ -81,6 +82,7 @@ class SeqBoatForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits (B, T, V), or of the last `logits_to_keep` tokens; the loss with `labels` (-100: not scored).
 
         `attention_mask` (B, T), or with the tokens read before in front: zeros at the start of a row are padding.
+        `position_ids` (B, T) that start again at 0 mark documents packed in a row, without mask and cache.
         """
         B, T = input_ids.shape
         cache = SeqBoatCache() if past_key_values is None and use_cache else past_key_values
@@ -91,7 +93,7 @@ class SeqBoatForCausalLM(PreTrainedModel, GenerationMixin):
             logits_BV, routings = self.model.step(input_ids[:, 0], state)
             logits = logits_BV[:, None]
         else:
-            docs = self._documents(input_ids, attention_mask, state)
+            docs = self._documents(input_ids, attention_mask, position_ids, state)
             output = self.model(input_ids, docs, state=state)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits, routings = self.model.head(output.hidden_BTD[:, kept]), output.routings
@@ -107,8 +109,19 @@ class SeqBoatForCausalLM(PreTrainedModel, GenerationMixin):
         result = SeqBoatOutput(loss, logits, cache, decisions)
         return result.to_tuple() if return_dict is False else result
 
-    def _documents(self, input_ids: Tensor, attention_mask: Tensor | None, state: DecodingState | None) -> Documents:
+    def _documents(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        state: DecodingState | None,
+    ) -> Documents:
         B, T = input_ids.shape
+        if position_ids is not None and attention_mask is None and state is None:
+            starts_BT = position_ids.expand(B, T) == 0
+            starts_BT[:, 0] = True
+            cu_seqlens = torch.nn.functional.pad(starts_BT.flatten().nonzero()[:, 0], (0, 1), value=B * T)
+            return Documents.packed(position_ids.expand(B, T), cu_seqlens.int())
         start_B = state.position_B if state else torch.zeros(B, dtype=torch.int64, device=input_ids.device)
         if attention_mask is None:
             return Documents.whole(B, T, input_ids.device, start_B)

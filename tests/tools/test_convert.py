@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaboat.config import build_config, load_config
 from megaboat.data.tokenizer import open_tokenizer, train_model
+from megaboat.engine.run_config import RunConfig
 from megaboat.errors import DamagedData, MegaboatError
 from megaboat.layers.documents import Documents
 from megaboat.tools import convert, hf_export
 from megaboat.tools.hf_files import Export, write_weights
 from megaboat.tools.loading import load_run, newest_checkpoint
 from tests.corpus import real_texts
+from tests.distributed import run_on_ranks
+from tests.engine.runs import metrics, train_on_rank
 from tests.tools.hf_runs import LLAMA, SMALL, make_dataset, make_run
 
 # Every test but those that say so goes without the other process, which takes seconds.
@@ -140,6 +144,29 @@ def test_there_and_back_is_the_same_bytes(model: dict, dataset: Path, tmp_path: 
     assert len(moments) == 2 * len(list(load_run(run).model.parameters()))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unproved")
+def test_training_goes_on_from_an_export(dataset: Path, tmp_path: Path) -> None:
+    train = {
+        "steps": 4,
+        "global_batch": 2,
+        "micro_batch": 2,
+        "precision": "fp32",
+        "eval_every": 0,
+        "tensorboard": False,
+    }
+    tree = {"model": SMALL, "data": {"path": str(dataset), "seq_len": 64}}
+    first = build_config(RunConfig, tree | {"train": train | {"out": str(tmp_path / "run")}}, "the test")
+    assert run_on_ranks(train_on_rank, 1, first) == [("done", 4)]
+    assert command("to-hf", tmp_path / "run", "--out", tmp_path / "out") == 0
+    assert "| training tokens | 512 (4 steps) |" in (tmp_path / "out" / "README.md").read_text()
+    assert command("from-hf", tmp_path / "out", "--out", tmp_path / "more") == 0
+    second = load_config(RunConfig, tmp_path / "more" / "config.yaml", ["train.steps=6"])
+    assert second.train.out == tmp_path / "more"
+    assert run_on_ranks(train_on_rank, 1, second) == [("done", 6)]
+    assert [line["step"] for line in metrics(tmp_path / "more")] == [5, 6]
+
+
 @pytest.mark.usefixtures("unproved")
 def test_an_output_in_use_is_kept_unless_forced(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -147,10 +174,12 @@ def test_an_output_in_use_is_kept_unless_forced(run_folder: Path, tmp_path: Path
     (out / "mine.txt").write_text("precious")
     assert command("to-hf", run_folder, "--out", out) == 2
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    assert command("to-hf", run_folder, "--out", out, "--force") == 2, "it is not an export"
     assert (out / "mine.txt").read_text() == "precious"
+    (out / "mine.txt").rename(out / "megaboat.json")
+    assert command("to-hf", run_folder, "--out", out) == 2
     assert command("to-hf", run_folder, "--out", out, "--force") == 0
-    assert not (out / "mine.txt").exists()
-    assert (out / "megaboat.json").exists()
+    assert load_run(out)
 
 
 def cut(name: str) -> Callable[[Path], object]:

@@ -109,6 +109,16 @@ def test_loss_ignores_padding_on_either_side(side: str, ours: LoadedRun, theirs:
     assert loss == pytest.approx(expected / (sum(LENGTHS) - 3), rel=1e-6)
 
 
+def test_packed_documents_do_not_see_each_other(theirs: SeqBoatForCausalLM) -> None:
+    """As a collator without padding packs them: one row, positions that start again."""
+    row = torch.tensor([sum(prompts(), [])])
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    with torch.no_grad():
+        together = theirs(row, position_ids=positions).logits[0].split(LENGTHS)
+        for part, prompt in zip(together, prompts(), strict=True):
+            torch.testing.assert_close(part, theirs(torch.tensor([prompt])).logits[0], rtol=0, atol=1e-5)
+
+
 def test_decisions_and_kept_logits(ours: LoadedRun, theirs: SeqBoatForCausalLM) -> None:
     tokens = torch.tensor([prompts()[0]] * 2)
     with torch.no_grad():
