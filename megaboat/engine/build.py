@@ -11,6 +11,7 @@ from megaboat.data.loader import Loader
 from megaboat.engine.checkpoint import Checkpoint, find_checkpoint, load_weights
 from megaboat.engine.deepspeed import Engine, connect
 from megaboat.engine.evaluate import documents
+from megaboat.engine.fence import take_fence
 from megaboat.engine.hooks import Hook, JsonLines, ProgressBar, TensorBoard
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
@@ -60,11 +61,12 @@ def open_run(config: RunConfig, ranks: Ranks) -> Trainer:
     if checkpoint is not None:
         engine.set_moments(checkpoint.optimizer(), step)
         get_logger().info("resumed %s at step %d", root.parent, step)
+    fence = take_fence(config.train.out, ranks)
     if ranks.is_first:
         _write_run_folder(config, dataset)
     ranks.barrier()
     ledger = Ledger(config.train.out / "data_ledger.jsonl") if ranks.is_first else None
-    return Trainer(config, ranks, dataset, engine, loader, ledger, _hooks(config, ranks), step)
+    return Trainer(config, ranks, dataset, engine, loader, ledger, fence, _hooks(config, ranks), step)
 
 
 def _open_data(config: RunConfig) -> Dataset:

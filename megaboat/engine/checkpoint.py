@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,23 @@ def find_checkpoint(root: Path) -> Checkpoint | None:
 
 
 def save_checkpoint(
-    root: Path, model: Named, optimizer: Named, state: dict[str, Any], config: RunConfig, keep: int, ranks: Ranks
+    root: Path,
+    model: Named,
+    optimizer: Named,
+    state: dict[str, Any],
+    config: RunConfig,
+    keep: int,
+    ranks: Ranks,
+    check_owner: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write and commit `root/step-N`; every rank takes part. `model` and `optimizer` may gather tensors as they go."""
+    """Write and commit `root/step-N`; every rank takes part. `model` and `optimizer` may gather tensors as they go.
+
+    `check_owner` raises on rank 0 when the run folder belongs to another attempt by now.
+    """
     folder = root / f"step-{state['step']}"
     scratch = folder.with_name(folder.name + ".tmp")
     if ranks.is_first:
+        check_owner()
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     ranks.barrier()
@@ -98,6 +109,7 @@ def save_checkpoint(
         manifest = {name: entry for part in manifests for name, entry in part.items()}
         manifest |= {name: _entry(scratch / name) for name in ("state.json", "config.yaml")}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        check_owner()
         _commit(scratch, folder)
         _retire(root, keep)
     ranks.barrier()

@@ -87,7 +87,7 @@ class TensorBoard(Hook):
         self._folder = folder
 
     def on_start(self, step: int, steps: int) -> None:
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def on_step(self, metrics: Metrics) -> None:
         step = metrics["step"]

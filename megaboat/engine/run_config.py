@@ -36,6 +36,8 @@ class TrainConfig(Section):
     keep: int = pydantic.Field(2, gt=0)
     """Checkpoints that stay on disk."""
     tensorboard: bool = True
+    hang_seconds: float = pydantic.Field(900.0, ge=0)
+    """A rank that makes no progress for so long ends the run, with the stacks of all ranks in `hang/`; 0: never."""
 
 
 class ParallelConfig(Section):

@@ -11,13 +11,13 @@ Outcome = Literal["done", "requeue", "fatal"]
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGUSR1 and the first Ctrl-C; a second Ctrl-C interrupts at once."""
+    """Catches SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
 
     def __enter__(self) -> "StopRequest":
-        watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
         self._previous = {number: signal.signal(number, self._catch) for number in watched}
         return self
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from megaboat.data.loader import Loader
 from megaboat.engine.checkpoint import save_checkpoint
 from megaboat.engine.deepspeed import Engine
 from megaboat.engine.evaluate import documents, evaluate
+from megaboat.engine.fence import Fence
 from megaboat.engine.hooks import Hook
 from megaboat.engine.metrics import StepSums, step_metrics
 from megaboat.engine.optim import learning_rate
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import Outcome, StopRequest
+from megaboat.engine.watchdog import Watchdog
 from megaboat.errors import Diverged
 
 
@@ -35,21 +38,28 @@ class Trainer:
         engine: Engine,
         loader: Loader,
         ledger: Ledger | None,
+        fence: Fence | None,
         hooks: Sequence[Hook],
         step: int,
     ) -> None:
         self.config, self.ranks, self.dataset = config, ranks, dataset
         self.engine, self.loader, self.ledger, self.hooks = engine, loader, ledger, hooks
         self.step = step
+        self.fence = fence
+        self.watchdog = Watchdog(config.train.out, ranks, config.train.hang_seconds)
+        self.engine.module.register_forward_pre_hook(lambda *_: self.watchdog.beat("forward"))
         self._last_crc = 0
         self._saved = step
 
-    def fit(self) -> tuple[Outcome, str]:
-        """Train to the last step, or until a signal asks to stop. Returns what became of the run, and why."""
+    def fit(self, stop: StopRequest | None = None) -> tuple[Outcome, str]:
+        """Train to the last step, or until a signal asks to stop. Returns what became of the run, and why.
+
+        `stop` is given by who wants signals noticed from an earlier moment on.
+        """
         for hook in self.hooks:
             hook.on_start(self.step, self.config.train.steps)
         try:
-            with StopRequest() as stop:
+            with self.watchdog, nullcontext(stop) if stop else StopRequest() as stop:
                 return self._loop(stop)
         finally:
             for hook in self.hooks:
@@ -73,6 +83,7 @@ class Trainer:
     def train_step(self, stop: StopRequest) -> str | None:
         """One optimizer step on one global batch. Returns the name of a signal that any rank received."""
         started = time.perf_counter()
+        self.watchdog.beat("data")
         batch = next(self.loader)
         waited = time.perf_counter() - started
         torch.manual_seed(
@@ -80,6 +91,7 @@ class Trainer:
         )  # dropout, the same after a resume
         sums = self._forward_backward(batch)
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
+        self.watchdog.beat("gather")
         everyone = sums.gather(self.ranks, batch.crcs, stop.received)
         if not math.isfinite(everyone.nll):
             raise Diverged(
@@ -88,6 +100,7 @@ class Trainer:
             )
         grad_norm = self.engine.step(lr)
         self.step += 1
+        self.watchdog.beat("record")
         self._record(everyone, lr, grad_norm, time.perf_counter() - started, waited)
         return everyone.signal
 
@@ -101,6 +114,7 @@ class Trainer:
         for i, part in enumerate(parts):
             part = part.to(self.ranks.device)
             output = self.engine(part.tokens_BT, documents(part), part.targets_BT)
+            self.watchdog.beat("backward")
             self.engine.backward(output.nll * scale)
             sums.add(output, part)
             if i + 1 < len(parts):
@@ -133,12 +147,13 @@ class Trainer:
         }
         save_checkpoint(
             self.config.train.out / "checkpoints",
-            self._named_model(),
-            self.engine.moments(),
+            self.watchdog.over(self._named_model(), "save"),
+            self.watchdog.over(self.engine.moments(), "save"),
             state,
             self.config,
             self.config.train.keep,
             self.ranks,
+            self.fence.check if self.fence else lambda: None,
         )
         self._saved = self.step
 
@@ -148,6 +163,8 @@ class Trainer:
 
     def _record(self, everyone: Any, lr: float, grad_norm: float, seconds: float, waited: float) -> None:
         self._last_crc = step_crc(everyone.crcs)
+        if self.fence is not None:
+            self.fence.check()
         if self.ledger is not None:
             first = self.loader.consumed_windows - self.config.train.global_batch
             self.ledger.append(self.step, first, self._last_crc)

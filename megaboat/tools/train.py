@@ -3,19 +3,21 @@
   megaboat train configs/quickstart.yaml train.steps=500 optim.lr=2e-3
 
 Several processes: torchrun --nproc-per-node 2 -m megaboat train CONFIG.yaml
-A run folder that holds a checkpoint is resumed. SIGTERM, SIGUSR1 or Ctrl-C save a checkpoint first.
+A run folder that holds a checkpoint is resumed. SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C save a checkpoint first.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megaboat.config import load_config
 from megaboat.engine.build import open_run
-from megaboat.engine.ranks import this_process
+from megaboat.engine.fence import InUse, Superseded
+from megaboat.engine.ranks import Ranks, attempt_name, this_process
 from megaboat.engine.run_config import RunConfig
-from megaboat.engine.stop import write_outcome
+from megaboat.engine.stop import StopRequest, write_outcome
 from megaboat.errors import MegaboatError
 from megaboat.log import get_logger, setup_logging
 
@@ -29,18 +31,28 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(RunConfig, arguments.config, arguments.overrides)
     ranks = this_process()
     setup_logging(ranks.rank, ranks.size)
-    trainer = open_run(config, ranks)
-    out = config.train.out
-    setup_logging(ranks.rank, ranks.size, out / "log.txt")
+    with StopRequest() as stop:
+        _train(config, ranks, stop)
+    return 0
+
+
+def _train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
+    out, trainer = config.train.out, None
     try:
-        outcome, reason = trainer.fit()
+        trainer = open_run(config, ranks)
+        setup_logging(ranks.rank, ranks.size, out / "log.txt")
+        outcome, reason = trainer.fit(stop)
+    except (InUse, Superseded):
+        raise  # the folder, and so the outcome, is another run's
     except MegaboatError as error:
-        if ranks.is_first:
-            write_outcome(out, "fatal", trainer.step, str(error))
+        # A refused start writes nothing into a run that exists, but launch/run.sh must not try it again.
+        if ranks.is_first and (trainer or (attempt_name(os.environ) and out.is_dir())):
+            write_outcome(out, "fatal", trainer.step if trainer else 0, str(error))
         raise
     if ranks.is_first:
         write_outcome(out, outcome, trainer.step, reason)
         get_logger().info("%s at step %d: %s", outcome, trainer.step, reason)
     ranks.barrier()
+    if trainer.fence is not None:
+        trainer.fence.release()
     dist.destroy_process_group()
-    return 0

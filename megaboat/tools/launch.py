@@ -1,0 +1,220 @@
+"""Submit a training job to SLURM through submitit, or run it here with --local.
+
+  megaboat launch configs/1b.yaml --nodes 4 --gpus-per-node 8 --partition train --time 24:00:00 train.steps=20000
+  megaboat launch configs/125m.yaml --nodes 1 --sweep optim.lr=1e-3,2e-3 train.seed=0,1,2 --at-once 4
+
+A sweep is one array job, every point a run folder of its own; points that are done are not submitted again.
+Config, corpus and ranks are checked before anything is queued.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaboat.config import load_config
+from megaboat.data.dataset import open_dataset
+from megaboat.engine.fence import Fence
+from megaboat.engine.ranks import FIRST_SPECIAL_STEP
+from megaboat.engine.run_config import RunConfig
+from megaboat.errors import BadInput
+from megaboat.tools.preflight import note_attempt
+
+SIGNAL_SECONDS = 300  # before the time limit: a step, a checkpoint, and what SLURM's timers are late
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="takes precedence over the file")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="ranks on a node; 0: one rank on CPUs")
+    parser.add_argument("--tasks-per-node", type=int, help="ranks on a node where they are not its GPUs")
+    parser.add_argument("--cpus-per-task", type=int, default=8)
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--time", default="24:00:00", help="as for sbatch; a longer run is requeued")
+    parser.add_argument(
+        "--sweep", nargs="+", default=[], metavar="section.key=a,b,c", help="all combinations, an array"
+    )
+    parser.add_argument("--at-once", type=int, default=256, help="points of a sweep that run at the same time")
+    parser.add_argument("--after", metavar="JOB", help="start when this job has ended, however it ended")
+    parser.add_argument("--local", action="store_true", help="run on this machine, without SLURM, and wait")
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script only")
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # for launch/run.sh, in the job
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.check:
+        print(check_job(arguments.config, arguments.overrides, dict(os.environ)))
+        return 0
+    tasks = arguments.tasks_per_node or max(1, arguments.gpus_per_node)
+    points = [arguments.overrides + list(point) for point in sweep_points(arguments.sweep)]
+    jobs = []
+    for overrides in points:
+        if arguments.sweep:
+            overrides = [*overrides, f"train.out={point_folder(arguments.config, overrides, arguments.sweep)}"]
+        out, _ = check_config(arguments.config, overrides, arguments.nodes, tasks)
+        if is_done(out):
+            print(f"{out} is done")
+        else:
+            folder = _notes_folder(out, bool(arguments.sweep))
+            jobs.append(Task(str(arguments.config.resolve()), tuple(overrides), str(out), str(folder)))
+    if not jobs:
+        return 0
+    return _submit(jobs, arguments, tasks)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each rank runs: `megaboat train`, which finds out by itself which rank it is."""
+
+    config: str
+    overrides: tuple[str, ...]
+    out: str
+    notes: str
+    """Folder of a file JOB.run that tells launch/after.sh the run folder."""
+
+    def __call__(self) -> None:
+        # Not at the top: it brings DeepSpeed, whose import takes seconds and prints.
+        from megaboat.tools import train
+
+        if os.environ.get("SLURM_PROCID", "0") == "0" and "SLURM_JOB_ID" in os.environ:
+            (Path(self.notes) / f"{os.environ['SLURM_JOB_ID']}.run").write_text(self.out)
+        parser = argparse.ArgumentParser()
+        train.add_arguments(parser)
+        train.run(parser.parse_args([self.config, *self.overrides]))
+        if not is_done(Path(self.out)):
+            raise SystemExit(0)  # without a result for submitit, whose job is not over
+
+
+def check_job(path: Path, overrides: list[str], variables: dict[str, str]) -> str:
+    """Variables for launch/run.sh. Raises BadInput with what is wrong with config, corpus or ranks."""
+    nodes, tasks = int(variables["SLURM_JOB_NUM_NODES"]), int(variables.get("SLURM_NTASKS_PER_NODE", "1"))
+    gpus = int(variables.get("SLURM_GPUS_ON_NODE", tasks))
+    if tasks > gpus:
+        raise BadInput(f"{tasks} tasks for {gpus} GPUs on a node: make --ntasks-per-node and --gpus-per-node equal")
+    if tasks < gpus:
+        print(f"launch: {gpus - tasks} of {gpus} GPUs on each node stay idle", file=sys.stderr)
+    out, nodes = check_config(path, overrides, nodes, tasks, elastic=bool(variables.get("ELASTIC")))
+    # As a step later than all others of this job, the batch shell sees what its ranks will see.
+    Fence(out, variables | {"RANK": "0", "SLURM_STEP_ID": str(FIRST_SPECIAL_STEP)}).look()
+    note_attempt(out, "start", variables)
+    return f"run={shlex.quote(str(out))} nodes={nodes} tasks_per_node={tasks}"
+
+
+def check_config(path: Path, overrides: list[str], nodes: int, tasks: int, elastic: bool = False) -> tuple[Path, int]:
+    """The run folder, and the nodes to use: all, or as many as divide the batch where `elastic`."""
+    config = load_config(RunConfig, path, overrides)
+    if config.data.path is None or not (config.data.path / "index.json").is_file():
+        raise BadInput(
+            f"no token shards in {config.data.path}: prepare the corpus once with `megaboat data prepare --input "
+            f"'pile/*.jsonl.zst' --tokenizer FILE --out {config.data.path or 'DIR'}`, or name another with DATA=DIR"
+        )
+    open_dataset(config.data.path, "off")
+    usable = [n for n in range(nodes, 0, -1) if config.train.global_batch % (n * tasks * config.train.micro_batch) == 0]
+    if not elastic or not usable:
+        config.check_world(nodes * tasks)
+    return config.train.out, usable[0]
+
+
+def sweep_points(axes: list[str]) -> list[tuple[str, ...]]:
+    """All combinations of `section.key=a,b,c`; one empty point without axes."""
+    choices = []
+    for axis in axes:
+        key, separator, values = axis.partition("=")
+        if not separator or not values:
+            raise BadInput(f"sweep {axis!r}: expected section.key=a,b,c")
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    return list(itertools.product(*choices))
+
+
+def point_folder(config: Path, overrides: list[str], axes: list[str]) -> Path:
+    """The run folder of a point of a sweep, named by what differs."""
+    out = load_config(RunConfig, config, overrides).train.out
+    return out / re.sub(r"[^\w.=+-]", "_", "_".join(overrides[-len(axes) :]))
+
+
+def is_done(out: Path) -> bool:
+    """Whether a run says of itself that it is finished."""
+    try:
+        return json.loads((out / "outcome.json").read_text())["outcome"] == "done"
+    except (OSError, ValueError):
+        return False
+
+
+def _notes_folder(out: Path, sweep: bool) -> Path:
+    return (out.parent if sweep else out).resolve() / "submitit"
+
+
+def _submit(jobs: list[Task], arguments: argparse.Namespace, tasks: int) -> int:
+    """Hand the jobs to submitit, as one array where there are several."""
+    import submitit
+
+    folder = Path(jobs[0].notes)
+    folder.mkdir(parents=True, exist_ok=True)
+    cluster = "local" if arguments.local else "slurm"
+    try:
+        executor = submitit.AutoExecutor(folder=str(folder / "%j"), cluster=cluster)
+    except RuntimeError as error:
+        raise BadInput(f"{error} Use --local to run here") from None
+    executor.update_parameters(**_parameters(arguments, tasks, folder))
+    if arguments.dry_run:
+        text = executor._executor._make_submission_file_text(executor._executor._submitit_command_str, "dry-run")
+        print(text)
+        return 0
+    try:
+        submitted = _enqueue(executor, jobs)
+    except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
+        raise BadInput(f"sbatch refused the job: {' '.join(str(error).split())[-300:]}") from None
+    for job, task in zip(submitted, jobs, strict=True):
+        print(f"job {job.job_id}: {task.out}")
+    if arguments.local:
+        return _wait(submitted)
+    return 0
+
+
+def _enqueue(executor: Any, jobs: list[Task]) -> list[Any]:
+    if len(jobs) == 1:
+        return [executor.submit(jobs[0])]
+    with executor.batch():
+        return [executor.submit(job) for job in jobs]
+
+
+def _wait(submitted: list[Any]) -> int:
+    """Until the local jobs have ended; their errors are in their logs."""
+    failed = [job for job in submitted if job.exception() is not None]
+    for job in failed:
+        print(f"job {job.job_id} failed: see {job.paths.stderr}")
+    return 1 if failed else 0
+
+
+def _parameters(arguments: argparse.Namespace, tasks: int, folder: Path) -> dict[str, Any]:
+    if arguments.local:
+        return {"tasks_per_node": tasks, "gpus_per_node": arguments.gpus_per_node, "timeout_min": 60 * 24 * 365}
+    optional = {"partition": arguments.partition, "account": arguments.account}
+    if arguments.after:
+        optional["dependency"] = f"afterany:{arguments.after}"
+    checkout = Path(__file__).parents[2]
+    return {
+        "name": f"megaboat-{arguments.config.stem}",
+        "nodes": arguments.nodes,
+        "tasks_per_node": tasks,
+        "cpus_per_task": arguments.cpus_per_task,
+        **({"gpus_per_node": arguments.gpus_per_node} if arguments.gpus_per_node else {}),
+        "slurm_time": arguments.time,
+        "slurm_array_parallelism": arguments.at_once,
+        "slurm_signal_delay_s": SIGNAL_SECONDS,
+        "slurm_use_srun": True,
+        "slurm_srun_args": ["--kill-on-bad-exit=1", "--distribution=block", "--mem=0"],
+        "slurm_setup": [f"export SRUN_CPUS_PER_TASK={arguments.cpus_per_task}"],
+        "slurm_teardown": [f"bash {shlex.quote(str(checkout / 'launch' / 'after.sh'))} {shlex.quote(str(folder))}"],
+        "slurm_additional_parameters": {"requeue": True, "exclusive": True, "mem": 0}
+        | {key: value for key, value in optional.items() if value},
+    }

@@ -1,0 +1,178 @@
+"""launch/train_1b.sh on a real SLURM: trained, stopped in every way, cut off, misused; each run stays whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_on_ranks
+from tests.engine.conftest import tiny_config
+from tests.engine.runs import losses, train_on_rank
+from tests.launch.cluster import Cluster, until
+from tests.launch.jobs import ROOT, check_whole, submit
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def curve(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process that nothing disturbs."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    config = tiny_config(dataset_folder, out, train__micro_batch=1, train__steps=STEPS, train__save_every=0)
+    run_on_ranks(train_on_rank, 1, config)
+    return losses(out)
+
+
+STEPS = 150
+
+
+def ranks_on(cluster: Cluster, node: str) -> list[int]:
+    """Processes of `megaboat train` on a node, by their numbers on this machine."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            here = f"SLURMD_NODENAME={node}".encode() in (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if here and words[1:4] == [b"-m", b"megaboat", b"train"]:
+            found.append(int(folder.name))
+    return found
+
+
+def test_sbatch_accepts_the_scripts_unedited(cluster: Cluster) -> None:
+    for script in sorted((ROOT / "launch").glob("train_*.sh")):
+        options = ("--nodes=2",) if "7b" in script.name else ()
+        done = cluster.try_sbatch("--test-only", *options, script, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    assert "invalid partition" in cluster.try_sbatch("-p", "nope", "launch/train_1b.sh", cwd=ROOT).stderr
+
+
+def test_stopped_in_every_way_and_still_one_run(
+    cluster: Cluster, dataset_folder: Path, tmp_path: Path, curve: list[float]
+) -> None:
+    """USR1 as before the time limit, an operator's requeue, and preemption by a job of higher priority."""
+    job = submit(cluster, tmp_path, dataset_folder, "--partition=low", train__steps=STEPS, train__save_every=0)
+    job.wait_for_step(20)
+    cluster.run("scancel", "--signal=USR1", job.number)
+    job.wait("PENDING")
+    assert "SIGUSR1" in job.outcome()["reason"]
+    job.wait_for_step(job.outcome()["step"] + 20)
+    cluster.run("scontrol", "requeue", job.number)
+    job.wait("PENDING")
+    until(lambda: "SIGTERM" in job.outcome()["reason"], 20, "checkpoint")
+    job.wait_for_step(job.outcome()["step"] + 20)
+    urgent = cluster.sbatch("--nodes=3", "--exclusive", "--wrap=sleep 1", cwd=tmp_path)
+    cluster.wait(urgent, ("RUNNING", "COMPLETED"), 60)
+    assert "SIGTERM" in job.outcome()["reason"]
+    job.wait("COMPLETED")
+    assert check_whole(job.out, STEPS) == pytest.approx(curve, rel=1e-5)
+    attempts = [json.loads(line) for line in (job.out / "logs" / "attempts.jsonl").read_text().splitlines()]
+    assert [attempt["restart"] for attempt in attempts] == [0, 1, 2, 3]
+
+
+def test_a_lost_node_is_replaced_and_its_ranks_write_no_more(
+    cluster: Cluster, dataset_folder: Path, tmp_path: Path, curve: list[float]
+) -> None:
+    """With its cable cut a node trains on, unseen: the shared folder must already belong to the next attempt."""
+    options = ("--nodes=1", "--nodelist=mb1,mb2,mb3")
+    job = submit(cluster, tmp_path, dataset_folder, "--nodes=1", train__steps=3000, train__save_every=50)
+    assert options
+    job.wait_for_step(20)
+    node = cluster.run("squeue", "--noheader", f"--jobs={job.number}", "--format=%N").strip()
+    lost = ranks_on(cluster, node)
+    assert len(lost) == 2
+    rival = submit(cluster, tmp_path, dataset_folder, "--nodes=1", train__steps=3000, train__save_every=50)
+    rival.wait("FAILED")
+    assert f"is in use by SLURM job {job.number}" in rival.said()
+    cluster.cut(node)
+    try:
+        job.wait("PENDING", seconds=60)
+        assert all(Path(f"/proc/{number}").exists() for number in lost), "the lost ranks live"
+        until(lambda: not any(Path(f"/proc/{number}").exists() for number in lost), 120, "end of the lost ranks")
+    finally:
+        cluster.mend(node)
+    logs = "".join(path.read_text() for path in (job.out / "logs").glob(f"{job.number}.0.1-*.log"))
+    assert f"belongs to SLURM job {job.number}" in logs
+    written = len(losses(job.out))
+    job.wait_for_step(written + 100)
+    cluster.run("scancel", "--signal=USR1", job.number)
+    job.wait("PENDING")
+    cluster.run("scancel", job.number)
+    steps = job.outcome()["step"]
+    assert check_whole(job.out, steps)[:100] == pytest.approx(curve[:100], rel=1e-2), "another schedule, the same start"
+    until(lambda: cluster.idle() == cluster.size, 60, "the mended node")
+
+
+def test_a_rank_that_is_stopped_is_named(cluster: Cluster, dataset_folder: Path, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, dataset_folder, train__steps=STEPS, train__save_every=20, train__hang_seconds=5)
+    job.wait_for_step(30)
+    node = cluster.run("squeue", "--noheader", f"--jobs={job.number}", "--format=%N").strip()
+    assert node == "mb[1-2]"
+    os.kill(ranks_on(cluster, "mb2")[0], signal.SIGSTOP)
+    until(lambda: "try 1: crashed" in job.said(), 60, "end of the try")
+    log = (job.out / "log.txt").read_text()
+    assert "no progress for 5 s: rank " in log
+    assert "gave no report" in log
+    assert len(list((job.out / "hang").glob("*.stacks"))) == 3
+    job.wait("COMPLETED")
+    check_whole(job.out, STEPS)
+
+
+def test_a_crash_loop_ends(cluster: Cluster, dataset_folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text(f'#!/bin/bash\n[[ $* == *"megaboat train"* ]] && exit 9\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    job = submit(cluster, tmp_path, dataset_folder, f"--export=ALL,PYTHON={broken}")
+    job.wait("FAILED", seconds=60)
+    assert "3 attempts crashed without a checkpoint after step 0: not tried again" in job.said()
+    assert job.said().count("crashed; logs in") == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?"),
+        ("data.path=nowhere", "no token shards in nowhere: prepare the corpus once with `megaboat data prepare"),
+        ("train.micro_batch=3", "train.global_batch 4 is not a multiple of 4 ranks x train.micro_batch 3"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(
+    cluster: Cluster, dataset_folder: Path, tmp_path: Path, override: str, said: str
+) -> None:
+    job = submit(cluster, tmp_path, dataset_folder, overrides=(override,))
+    job.wait("FAILED", seconds=30)
+    complaints = [line for line in job.said().splitlines() if line.startswith("megaboat launch: ")]
+    assert len(complaints) == 1
+    assert said in complaints[0]
+    assert not (tmp_path / "run").exists(), "no rank was started"
+
+
+def test_a_sweep_runs_what_is_missing(cluster: Cluster, dataset_folder: Path, tmp_path: Path) -> None:
+    first = submit_sweep(cluster, tmp_path, dataset_folder, "0,1")
+    assert first.stdout.count("job ") == 2, first.stderr
+    number = first.stdout.split()[1].split("_")[0]
+    cluster.wait(f"{number}_0", ("COMPLETED",), 150)
+    cluster.wait(f"{number}_1", ("COMPLETED",), 150)
+    again = submit_sweep(cluster, tmp_path, dataset_folder, "0,1,2")
+    assert again.stdout.count("is done") == 2
+    assert again.stdout.count("job ") == 1
+    cluster.run("scancel", again.stdout.split("job ")[1].split(":")[0])
+    assert len(losses(tmp_path / "run" / "train.seed=1")) == 10
+
+
+def submit_sweep(cluster: Cluster, folder: Path, data: Path, seeds: str) -> "subprocess.CompletedProcess[str]":
+    import yaml
+
+    from tests.engine.conftest import tiny_tree
+
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_tree(data, folder / "run", train__steps=10)))
+    command = [sys.executable, "-m", "megaboat", "launch", str(config), "--gpus-per-node=0", "--cpus-per-task=1"]
+    command += ["--time=10", "--sweep", f"train.seed={seeds}"]
+    environment = cluster.environment | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
