@@ -132,6 +132,7 @@ def _write_tensors(folder: Path, kind: str, tensors: Named, ranks: Ranks) -> Ite
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> Iterator[Path]:
     if tensors:
         save_file(tensors, path)
+        path.chmod(0o644)  # safetensors writes for the owner alone; others convert and evaluate too
         yield path
 
 

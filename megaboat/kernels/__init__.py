@@ -3,10 +3,12 @@
 from megaboat.kernels.attention import windowed_attention
 from megaboat.kernels.ema import ema
 from megaboat.kernels.loss import linear_cross_entropy, token_nll
-from megaboat.kernels.rows import ActiveRows, compress, extract, plan_rows
+from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, plan_rows
 
 __all__ = [
     "ActiveRows",
+    "PendingRows",
+    "begin_plan",
     "compress",
     "ema",
     "extract",

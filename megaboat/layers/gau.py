@@ -46,7 +46,9 @@ class GatedAttentionUnit(nn.Module):
             cu_k = keys.cu_seqlens
         k_KGZ = self._head(keys.z_KZ, self.scale_k, self.bias_k, keys.positions_K)
         scale = self.qk_dim**-0.5
-        o_RE = kernels.windowed_attention(q_RGZ, k_KGZ, keys.v_KE, rows.cu_seqlens, cu_k, self.window, scale)
+        o_RE = kernels.windowed_attention(
+            q_RGZ, k_KGZ, keys.v_KE, rows.cu_seqlens, cu_k, self.window, scale, rows.longest
+        )
         return self.o(o_RE * F.silu(self.r(h_RD)))
 
     def step(self, h_BD: Tensor, active_B: Tensor, positions_B: Tensor, memory: WorkingMemory) -> Tensor:

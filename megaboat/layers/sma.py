@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megaboat import kernels
-from megaboat.kernels import ActiveRows
+from megaboat.kernels import ActiveRows, PendingRows
 from megaboat.layers.configurator import Configurator, Routing
 from megaboat.layers.documents import Documents
 
@@ -33,14 +33,23 @@ class SparseModularActivation(nn.Module):
         """The decisions for each token, or those of `active_XM` again."""
         return self.configurator(h_BTD.flatten(0, 1), active_XM)
 
+    def plan(self, routing: Routing, docs: Documents) -> list[PendingRows]:
+        """Start packing each module's rows: their numbers travel to the host while other work is launched."""
+        return [kernels.begin_plan(active_X, docs.cu_seqlens) for active_X in routing.active_XM.unbind(1)]
+
     def forward(
-        self, h_BTD: Tensor, routing: Routing, docs: Documents, memories: Sequence[Any] | None = None
+        self,
+        h_BTD: Tensor,
+        routing: Routing,
+        docs: Documents,
+        memories: Sequence[Any] | None = None,
+        plans: Sequence[PendingRows] | None = None,
     ) -> Tensor:
         """y_BTD. Every module is called whatever the decisions are: ranks must agree on calls and collectives."""
         h_XD = h_BTD.flatten(0, 1)
         y_XD = torch.zeros_like(h_XD)
-        for i, unit in enumerate(self.units):
-            rows = kernels.plan_rows(routing.active_XM[:, i], docs.cu_seqlens)
+        for i, (unit, plan) in enumerate(zip(self.units, plans or self.plan(routing, docs), strict=True)):
+            rows = plan.finish()
             out_RD = unit(kernels.compress(h_XD, rows), rows, docs, memories[i] if memories is not None else None)
             confidence_R1 = kernels.compress(routing.confidence_XM[:, i, None], rows)
             y_XD = y_XD + kernels.extract(out_RD * confidence_R1.to(out_RD.dtype), rows).to(y_XD.dtype)

@@ -6,6 +6,7 @@ from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaModel
 
 from megaboat.layers.documents import Documents
+from megaboat.layers.precision import to_compute_dtype
 from megaboat.model.config import LlamaConfig
 from megaboat.model.seqboat import Head, ModelOutput
 
@@ -48,7 +49,8 @@ class Llama(nn.Module):
         self, tokens_BT: Tensor, docs: Documents, targets_BT: Tensor | None = None, per_token: bool = False
     ) -> ModelOutput:
         """Read B x T tokens of packed documents."""
-        h_BTD = self.body(input_ids=tokens_BT, position_ids=docs.positions_BT).last_hidden_state
+        x_BTD = to_compute_dtype(self.body.embed_tokens(tokens_BT))
+        h_BTD = self.body(inputs_embeds=x_BTD, position_ids=docs.positions_BT).last_hidden_state
         nll = None if targets_BT is None else self.head(h_BTD, targets_BT, per_token)
         return ModelOutput(nll, h_BTD, [])
 

@@ -13,6 +13,7 @@ from megaboat.layers.documents import Documents
 from megaboat.layers.ema import DampedEMA
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.norm import LayerNorm
+from megaboat.layers.precision import to_compute_dtype
 from megaboat.model.block import LayerState, SeqBoatBlock
 from megaboat.model.config import SeqBoatConfig
 
@@ -51,12 +52,14 @@ class Head(nn.Module):
 
     def forward(self, h_BTD: Tensor, targets_BT: Tensor | None = None, per_token: bool = False) -> Tensor:
         """Logits (B, T, V); with targets their negative log-likelihood in nats, summed or (B, T) if `per_token`."""
+        h_BTD = to_compute_dtype(h_BTD)
         if targets_BT is None:
             return h_BTD @ self.weight.to(h_BTD.dtype).T
         h_XD, targets_X = h_BTD.flatten(0, 1), targets_BT.flatten()
-        if per_token:
-            return kernels.token_nll(h_XD, self.weight, targets_X).view_as(targets_BT)
-        return kernels.linear_cross_entropy(h_XD, self.weight, targets_X)
+        with torch.autocast(h_BTD.device.type, enabled=False):
+            if per_token:
+                return kernels.token_nll(h_XD, self.weight, targets_X).view_as(targets_BT)
+            return kernels.linear_cross_entropy(h_XD, self.weight, targets_X)
 
 
 class SeqBoat(nn.Module):
@@ -128,8 +131,7 @@ class SeqBoat(nn.Module):
         self.train(training)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.dropout(self.embedding(tokens) * self.config.width**0.5)
-        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        return to_compute_dtype(self.dropout(self.embedding(tokens) * self.config.width**0.5))
 
 
 def _checkpointed(block: nn.Module, x_BTD: Tensor, docs: Documents) -> tuple[Tensor, Routing]:

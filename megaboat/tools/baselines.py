@@ -62,7 +62,8 @@ def fit(dataset: Dataset) -> tuple[Unigram, Bigram]:
 
 def baselines(dataset: Dataset, split: str = "val") -> dict[str, dict[str, float]]:
     """`{"unigram" | "bigram" | "zlib": {source: bits per byte, ..., "overall": bits per byte}}`."""
-    models = dict(zip(("unigram", "bigram"), fit(dataset), strict=True))
+    unigram, bigram = fit(dataset)
+    models: dict[str, Unigram | Bigram] = {"unigram": unigram, "bigram": bigram}
     table: dict[str, dict[str, float]] = {"unigram": {}, "bigram": {}, "zlib": {}}
     total_bits = dict.fromkeys(table, 0.0)
     total_bytes = 0.0
