@@ -31,6 +31,8 @@ SIGNAL_SECONDS = 300  # before the time limit: a step, a checkpoint, and what SL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # Overrides may stand behind options, as in the examples above.
+    parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign]
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="takes precedence over the file")
     parser.add_argument("--nodes", type=int, default=1)
@@ -158,10 +160,9 @@ def _submit(jobs: list[Task], arguments: argparse.Namespace, tasks: int) -> int:
     import submitit
 
     folder = Path(jobs[0].notes)
-    folder.mkdir(parents=True, exist_ok=True)
     cluster = "local" if arguments.local else "slurm"
     try:
-        executor = submitit.AutoExecutor(folder=str(folder / "%j"), cluster=cluster)
+        executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
     except RuntimeError as error:
         raise BadInput(f"{error} Use --local to run here") from None
     executor.update_parameters(**_parameters(arguments, tasks, folder))
@@ -169,6 +170,7 @@ def _submit(jobs: list[Task], arguments: argparse.Namespace, tasks: int) -> int:
         text = executor._executor._make_submission_file_text(executor._executor._submitit_command_str, "dry-run")
         print(text)
         return 0
+    folder.mkdir(parents=True, exist_ok=True)  # SLURM fails without a word where a log has no folder
     try:
         submitted = _enqueue(executor, jobs)
     except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
@@ -211,7 +213,6 @@ def _parameters(arguments: argparse.Namespace, tasks: int, folder: Path) -> dict
         "slurm_time": arguments.time,
         "slurm_array_parallelism": arguments.at_once,
         "slurm_signal_delay_s": SIGNAL_SECONDS,
-        "slurm_use_srun": True,
         "slurm_srun_args": ["--kill-on-bad-exit=1", "--distribution=block", "--mem=0"],
         "slurm_setup": [f"export SRUN_CPUS_PER_TASK={arguments.cpus_per_task}"],
         "slurm_teardown": [f"bash {shlex.quote(str(checkout / 'launch' / 'after.sh'))} {shlex.quote(str(folder))}"],
