@@ -77,7 +77,7 @@ def begin_plan(active_X: Tensor, cu_seqlens: Tensor) -> PendingRows:
     sizes = torch.stack([borders[-1], borders.diff().amax()])
     arrived = None
     if sizes.is_cuda:
-        sizes = torch.empty(2, dtype=sizes.dtype, pin_memory=True).copy_(sizes, non_blocking=True)
+        sizes = torch.empty(2, dtype=sizes.dtype, device="cpu", pin_memory=True).copy_(sizes, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
     return PendingRows(active_X, row_X, borders.int(), sizes, arrived)
