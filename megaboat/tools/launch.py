@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.sweep:
             overrides = [*overrides, f"train.out={point_folder(arguments.config, overrides, arguments.sweep)}"]
         out, _ = check_config(arguments.config, overrides, arguments.nodes, tasks)
-        if is_done(out):
+        if arguments.sweep and is_done(out):
             print(f"{out} is done")
         else:
             folder = _notes_folder(out, bool(arguments.sweep))
@@ -173,8 +173,8 @@ def _submit(jobs: list[Task], arguments: argparse.Namespace, tasks: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)  # SLURM fails without a word where a log has no folder
     try:
         submitted = _enqueue(executor, jobs)
-    except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
-        raise BadInput(f"sbatch refused the job: {' '.join(str(error).split())[-300:]}") from None
+    except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError):
+        raise BadInput("sbatch refused the job: its reason is above") from None
     for job, task in zip(submitted, jobs, strict=True):
         print(f"job {job.job_id}: {task.out}")
     if arguments.local:

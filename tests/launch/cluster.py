@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "munge", "ip", "unshare", "nsenter")
-SUBNET, PORT, TAG = "10.91.7", 18817, "mbt"
+FIRST_PORT = 18000
 
 # cred_expire: how long a requeued job waits. Timers: a lost node is found after some 15 s instead of minutes.
 SLURM_CONF = """
@@ -84,6 +84,9 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int = 2, gpus: int = 8) -> None:
         self.folder, self.size = folder, nodes
+        # Clusters of several test sessions live side by side.
+        number = os.getpid() % 250
+        self._subnet, self._port, self._tag = f"10.91.{number}", FIRST_PORT + 2 * number, f"mb{number}x"
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._nodes: dict[str, subprocess.Popen] = {}
         self._write_files(gpus)
@@ -105,9 +108,9 @@ class Cluster:
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGKILL)
         for number in range(1, self.size + 1):
-            self._ask("ip", "link", "del", f"{TAG}{number}")
-            self._ask("ip", "netns", "del", f"{TAG}-mb{number}")
-        self._ask("ip", "link", "del", f"{TAG}br")
+            self._ask("ip", "link", "del", f"{self._tag}{number}")
+            self._ask("ip", "netns", "del", f"{self._tag}-mb{number}")
+        self._ask("ip", "link", "del", f"{self._tag}br")
 
     def power_on(self, node: str) -> None:
         """Boot a node: its first process is a shell whose death ends all others of the node."""
@@ -119,7 +122,7 @@ class Cluster:
         spaces = ("unshare", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc")
         with (self.folder / f"node-{node}.log").open("ab") as log:
             self._nodes[node] = subprocess.Popen(
-                ["ip", "netns", "exec", f"{TAG}-{node}", *spaces, "bash", "-c", boot],
+                ["ip", "netns", "exec", f"{self._tag}-{node}", *spaces, "bash", "-c", boot],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -134,10 +137,10 @@ class Cluster:
         process.wait()
 
     def cut(self, node: str) -> None:
-        self._call("ip", "link", "set", f"{TAG}{node.removeprefix('mb')}", "down")
+        self._call("ip", "link", "set", f"{self._tag}{node.removeprefix('mb')}", "down")
 
     def mend(self, node: str) -> None:
-        self._call("ip", "link", "set", f"{TAG}{node.removeprefix('mb')}", "up")
+        self._call("ip", "link", "set", f"{self._tag}{node.removeprefix('mb')}", "up")
 
     def idle(self) -> int:
         lines = self._ask("sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N").split()
@@ -194,7 +197,7 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        addresses = {f"mb{number}": f"{SUBNET}.{10 + number}" for number in range(1, self.size + 1)}
+        addresses = {f"mb{number}": f"{self._subnet}.{10 + number}" for number in range(1, self.size + 1)}
         hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
         (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
@@ -204,22 +207,28 @@ class Cluster:
             for name, address in addresses.items()
         )
         host = socket.gethostname().split(".")[0]
-        places = {"host": host, "subnet": SUBNET, "port": PORT, "slurmd_port": PORT + 1, "folder": self.folder}
+        places = {
+            "host": host,
+            "subnet": self._subnet,
+            "port": self._port,
+            "slurmd_port": self._port + 1,
+            "folder": self.folder,
+        }
         (self.folder / "slurm.conf").write_text(SLURM_CONF.format(nodes=nodes, **places))
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.folder}/nvidia[0-{gpus - 1}]\n")
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     def _network(self) -> None:
-        bridge = f"{TAG}br"
+        bridge = f"{self._tag}br"
         self._call("ip", "link", "add", bridge, "type", "bridge")
-        self._call("ip", "addr", "add", f"{SUBNET}.1/24", "dev", bridge)
+        self._call("ip", "addr", "add", f"{self._subnet}.1/24", "dev", bridge)
         self._call("ip", "link", "set", bridge, "up")
         for number in range(1, self.size + 1):
-            space, cable = f"{TAG}-mb{number}", f"{TAG}{number}"
+            space, cable = f"{self._tag}-mb{number}", f"{self._tag}{number}"
             self._call("ip", "netns", "add", space)
             self._call("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
             self._call("ip", "link", "set", cable, "master", bridge, "up")
-            self._call("ip", "-n", space, "addr", "add", f"{SUBNET}.{10 + number}/24", "dev", "eth0")
+            self._call("ip", "-n", space, "addr", "add", f"{self._subnet}.{10 + number}/24", "dev", "eth0")
             self._call("ip", "-n", space, "link", "set", "eth0", "up")
             self._call("ip", "-n", space, "link", "set", "lo", "up")
 
