@@ -12,7 +12,7 @@ from megaboat.engine.checkpoint import Checkpoint, find_checkpoint, load_weights
 from megaboat.engine.deepspeed import Engine, connect
 from megaboat.engine.evaluate import documents
 from megaboat.engine.fence import take_fence
-from megaboat.engine.hooks import Hook, JsonLines, ProgressBar, TensorBoard
+from megaboat.engine.hooks import Hook, JsonLines, Pictures, ProgressBar, TensorBoard
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.trainer import Trainer
@@ -25,8 +25,8 @@ from megaboat.model.seqboat import SeqBoat
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 1 << 18
 
 
-def open_run(config: RunConfig, ranks: Ranks) -> Trainer:
-    """A trainer at step 0, or at the newest whole checkpoint of `train.out`.
+def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) -> Trainer:
+    """A trainer at step 0, or at the newest whole checkpoint of `train.out`; `pictures` go to TensorBoard.
 
     Raises BadInput where config, data, checkpoint and ranks do not fit together, DamagedData for what is not as its
     index or manifest says; nothing is written before these checks.
@@ -66,7 +66,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Trainer:
         _write_run_folder(config, dataset)
     ranks.barrier()
     ledger = Ledger(config.train.out / "data_ledger.jsonl") if ranks.is_first else None
-    return Trainer(config, ranks, dataset, engine, loader, ledger, fence, _hooks(config, ranks), step)
+    return Trainer(config, ranks, dataset, engine, loader, ledger, fence, _hooks(config, ranks, pictures), step)
 
 
 def _open_data(config: RunConfig) -> Dataset:
@@ -124,10 +124,10 @@ def _write_run_folder(config: RunConfig, dataset: Dataset) -> None:
         shutil.copyfile(dataset.tokenizer_path, out / "tokenizer.model")
 
 
-def _hooks(config: RunConfig, ranks: Ranks) -> list[Hook]:
+def _hooks(config: RunConfig, ranks: Ranks, pictures: Pictures | None) -> list[Hook]:
     if not ranks.is_first:
         return []
     hooks: list[Hook] = [ProgressBar(), JsonLines(config.train.out)]
     if config.train.tensorboard:
-        hooks.append(TensorBoard(config.train.out / "tensorboard"))
+        hooks.append(TensorBoard(config.train.out / "tensorboard", pictures))
     return hooks

@@ -2,13 +2,17 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Metrics = dict[str, Any]
+Pictures = Callable[[], dict[str, Figure]]
+"""Draws the run folder as it is: figures by name."""
 
 
 class Hook:
@@ -81,10 +85,10 @@ class JsonLines(Hook):
 
 
 class TensorBoard(Hook):
-    """Curves in `tensorboard/`; a resumed run purges the steps that it repeats."""
+    """Curves in `tensorboard/`, and at each evaluation the report's pictures; a resumed run purges what it repeats."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, pictures: Pictures | None = None) -> None:
+        self._folder, self._pictures = folder, pictures
 
     def on_start(self, step: int, steps: int) -> None:
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
@@ -100,6 +104,8 @@ class TensorBoard(Hook):
     def on_evaluation(self, step: int, result: Metrics) -> None:
         for name, domain in {**result["domains"], "overall": result["overall"]}.items():
             self._writer.add_scalar(f"bits_per_byte/{name}", domain["bits_per_byte"], step)
+        for name, figure in (self._pictures() if self._pictures else {}).items():
+            self._writer.add_figure(f"report/{name}", figure, step)
 
     def on_end(self) -> None:
         self._writer.close()

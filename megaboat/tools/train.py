@@ -20,6 +20,8 @@ from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import StopRequest, write_outcome
 from megaboat.errors import MegaboatError
 from megaboat.log import get_logger, setup_logging
+from megaboat.tools.report_data import read_run
+from megaboat.tools.report_figures import all_figures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     out, trainer = config.train.out, None
     try:
-        trainer = open_run(config, ranks)
+        trainer = open_run(config, ranks, pictures=lambda: all_figures(read_run(out)))
         setup_logging(ranks.rank, ranks.size, out / "log.txt")
         outcome, reason = trainer.fit(stop)
     except (InUse, Superseded):

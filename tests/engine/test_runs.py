@@ -45,6 +45,16 @@ def test_tensorboard_holds_the_same_curve(undisturbed: Path) -> None:
     assert {"activation/layer_00", "activation/layer_01", "bits_per_byte/overall"} <= set(events.Tags()["scalars"])
 
 
+def test_tensorboard_shows_the_pictures(dataset_folder: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(dataset_folder, tmp_path / "run", train__steps=3, train__tensorboard=True)
+    command = start_command("train", str(write_config(tmp_path / "run.yaml", tree)))
+    _, messages = command.communicate(timeout=120)
+    assert command.returncode == 0, messages
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"report/loss", "report/activation_by_step", "report/activation_by_domain"} <= set(events.Tags()["images"])
+
+
 @pytest.mark.parametrize(("size", "zero"), [(2, 1), (2, 3), (4, 2)], ids=["2xzero1", "2xzero3", "4xzero2"])
 def test_more_ranks_give_the_same_run(
     undisturbed: Path, dataset_folder: Path, tmp_path: Path, size: int, zero: int
