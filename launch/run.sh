@@ -62,6 +62,21 @@ train() {
 }
 
 nodes="" tasks_per_node="" run=""
+# The signal before the limit comes once: ranks that start after it would be killed at the limit, and SLURM requeues no
+# job that reached its limit.
+near_limit() {
+    local end
+    end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null) || return 1
+    [ $((end - $(date +%s))) -lt 330 ]
+}
+
+requeue() {
+    put_back --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" \
+        ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} --time="$(squeue -h -j "$SLURM_JOB_ID" -o %l)" \
+        --ntasks-per-node="$tasks_per_node" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
+        "$script" "$config" "${overrides[@]}"
+}
+
 # Sets run, nodes and tasks_per_node, or says in one line what is wrong with config, corpus or ranks.
 checked=$("$python" -m megaboat launch "$config" "${overrides[@]}" --check) || exit 2
 eval "$checked"
@@ -78,13 +93,9 @@ for try in 1 2 3 4 5 6 7 8 9; do
     case $what in
     done) exit 0 ;;
     fatal) exit 1 ;;
-    requeue)
-        put_back --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" \
-            ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} --time="$(squeue -h -j "$SLURM_JOB_ID" -o %l)" \
-            --ntasks-per-node="$tasks_per_node" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
-            "$script" "$config" "${overrides[@]}"
-        ;;
+    requeue) requeue ;;
     esac
     "$python" -m megaboat.tools.preflight again "$run" || exit 1
+    near_limit && requeue
 done
 exit 1
