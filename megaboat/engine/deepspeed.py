@@ -6,12 +6,18 @@ checkpoint does not depend on the ZeRO stage or the number of ranks that wrote i
 """
 
 import logging
+import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
+
+# DeepSpeed looks for accelerators when it is imported, and warns on every CPU that it found none.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -31,6 +37,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def connect(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Start the process group: NCCL on GPUs, gloo on CPUs. Addresses come from the environment (`engine.ranks`)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, at each call
     # Or DeepSpeed would compile a shared-memory all-reduce for CPUs: a minute of C++, and no compiler may be there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
