@@ -172,8 +172,11 @@ class Cluster:
 
     def wait(self, job: str, states: tuple[str, ...], seconds: float) -> str:
         """The first of `states` that the job is seen in."""
-        _until(lambda: self.state(job) in states, seconds, f"job {job} in {states}, is {self.state(job)}")
-        return self.state(job)
+        over = {*states, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"}
+        _until(lambda: self.state(job) in over, seconds, f"job {job} in {states}")
+        state = self.state(job)
+        assert state in states, f"job {job} is {state}, not {states}"
+        return state
 
     def _call(self, *command: str) -> str:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
