@@ -46,22 +46,25 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 bad input, 3 damaged data, 4 diverged, 130 interrupted."""
     chosen = build_parser().parse_args(argv)
-    module = importlib.import_module(COMMANDS[chosen.command][0])
-    parser = argparse.ArgumentParser(
-        prog=f"megaboat {chosen.command}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
-    arguments = parser.parse_args(chosen.arguments)
     try:
-        return module.run(arguments) or 0
+        return _run(chosen.command, chosen.arguments)
     except MegaboatError as error:
         print(f"megaboat {chosen.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"megaboat {chosen.command}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _run(command: str, argv: Sequence[str]) -> int:
+    module = importlib.import_module(COMMANDS[command][0])
+    parser = argparse.ArgumentParser(
+        prog=f"megaboat {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(argv)) or 0
 
 
 if __name__ == "__main__":

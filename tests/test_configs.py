@@ -32,6 +32,10 @@ def test_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
         ("model.family=mamba", "seqboat"),
         ("model.heads=3", "value_dim 512 is not a multiple of heads 3"),
         ("train.steps", "expected section.key=value"),
+        ("model=5", "model"),
+        ("model.value_dim=abc", "value_dim"),
+        ("model.block=[1]", "block"),
+        ("optim.betas=[1.5, 2]", "betas"),
     ],
 )
 def test_refuses_in_one_line(override: str, message: str) -> None:

@@ -64,6 +64,14 @@ class Ledger:
         self._file.write(json.dumps(asdict(entry)).encode() + b"\n")
         self._file.flush()
 
+    def forget_after(self, step: int) -> None:
+        """Drop the entries of later steps: they will be done again with other data, and that is meant."""
+        self._entries = {number: entry for number, entry in self._entries.items() if number <= step}
+        lines = [json.dumps(asdict(entry)).encode() + b"\n" for _, entry in sorted(self._entries.items())]
+        self._file.truncate(0)
+        self._file.writelines(lines)
+        self._file.flush()
+
     def sync(self) -> None:
         """Put all lines on disk, so that a ledger is never behind a checkpoint."""
         os.fsync(self._file.fileno())

@@ -1,6 +1,8 @@
 """From a config to a trainer: open the data, build or restore the model, start DeepSpeed."""
 
 import shutil
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -17,12 +19,17 @@ from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.trainer import Trainer
 from megaboat.errors import BadInput
-from megaboat.log import get_logger
+from megaboat.log import get_logger, setup_logging
 from megaboat.model.build import LanguageModel, build_model
 from megaboat.model.seqboat import SeqBoat
 
 # Documents lean one way as a whole in deep layers: with fewer rows than this, other text starts outside 0.4 to 0.6.
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 1 << 18
+
+# Of the model's configuration; what else changed would be another model under the same weights.
+MAY_CHANGE = {"dropout", "calibrate", "temperature_scale", "block"}
+
+T = TypeVar("T")
 
 
 def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) -> Trainer:
@@ -34,11 +41,11 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
     config.check_world(ranks.size)
     dataset = _open_data(config)
     config = _with_vocabulary(config, dataset)
-    root = config.train.out / "checkpoints"
     connect(ranks)
     checkpoint = _agreed_checkpoint(config, ranks)
     if checkpoint is not None:
         dataset.check_tokenizer(checkpoint.state["tokenizer"]["content_id"], str(checkpoint.folder))
+        _check_same_run(config, checkpoint)
     step = checkpoint.state["step"] if checkpoint else 0
     loader = Loader(
         config.data,
@@ -60,13 +67,28 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
     engine = Engine(model, config, ranks)
     if checkpoint is not None:
         engine.set_moments(checkpoint.optimizer(), step)
-        get_logger().info("resumed %s at step %d", root.parent, step)
     fence = take_fence(config.train.out, ranks)
-    if ranks.is_first:
-        _write_run_folder(config, dataset)
-    ranks.barrier()
-    ledger = Ledger(config.train.out / "data_ledger.jsonl") if ranks.is_first else None
+    ledger = _on_first(ranks, lambda: _write_run_folder(config, dataset, checkpoint))
+    setup_logging(ranks.rank, ranks.size, config.train.out / "log.txt")
+    if checkpoint is not None:
+        get_logger().info("resumed %s at step %d", config.train.out, step)
+    if not dataset.splits.get("val"):
+        get_logger().warning("%s holds no validation text: nothing will be evaluated", dataset.path)
     return Trainer(config, ranks, dataset, engine, loader, ledger, fence, _hooks(config, ranks, pictures), step)
+
+
+def _on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:
+    """What `action` returns on rank 0, None on the others; where it raises, all ranks raise."""
+    result, failure = None, None
+    if ranks.is_first:
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+    failure = ranks.gather_objects(failure)[0]
+    if failure is not None:
+        raise failure
+    return result
 
 
 def _open_data(config: RunConfig) -> Dataset:
@@ -89,17 +111,23 @@ def _with_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Checkpoint | None:
     """The checkpoint that rank 0 found whole; hashing it once is enough."""
-    root = config.train.out / "checkpoints"
-    found, failure = None, None
-    if ranks.is_first:
-        try:
-            found = find_checkpoint(root)
-        except Exception as error:
-            failure = error
-    folder, failure = ranks.gather_objects((found.folder if found else None, failure))[0]
-    if failure is not None:
-        raise failure
+    found = _on_first(ranks, lambda: find_checkpoint(config.train.out / "checkpoints"))
+    folder = ranks.gather_objects(found.folder if found else None)[0]
     return Checkpoint(folder) if folder else None
+
+
+def _check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Refuse to go on with another model under the same weights, or to a step that is past."""
+    before, now = checkpoint.config.model.model_dump(), config.model.model_dump()
+    changed = [key for key in before | now if key not in MAY_CHANGE and before.get(key) != now.get(key)]
+    if changed:
+        what = ", ".join(f"model.{key} was {before.get(key)} and is now {now.get(key)}" for key in changed)
+        raise BadInput(f"{checkpoint.folder}: {what}; train.out holds a run of another model")
+    if checkpoint.state["step"] > config.train.steps:
+        raise BadInput(
+            f"train.steps {config.train.steps} is behind the checkpoint of step {checkpoint.state['step']} in "
+            f"{config.train.out}; raise it, or name another train.out"
+        )
 
 
 @torch.no_grad()
@@ -111,17 +139,24 @@ def _calibrate(model: LanguageModel, config: RunConfig, dataset: Dataset, ranks:
     loader = Loader(config.data, dataset, rows)
     batch = next(loader).to(ranks.device)
     loader.close()
-    model.calibrate(batch.tokens_BT, documents(batch))
+    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        model.calibrate(batch.tokens_BT, documents(batch))
     for buffer in model.buffers():  # DeepSpeed broadcasts parameters, not buffers
         ranks.broadcast(buffer)
 
 
-def _write_run_folder(config: RunConfig, dataset: Dataset) -> None:
+def _write_run_folder(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint | None) -> Ledger:
     out = config.train.out
-    out.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(out / "data_ledger.jsonl")
+    if checkpoint is not None:
+        state = checkpoint.state
+        if config.data.accept_change or state["data"]["global_batch"] != config.train.global_batch:
+            ledger.forget_after(state["step"])
     dump_config(config, out / "config.yaml")
+    (out / "outcome.json").unlink(missing_ok=True)  # of the attempt before: this one has not ended
     if dataset.tokenizer_path is not None:
         shutil.copyfile(dataset.tokenizer_path, out / "tokenizer.model")
+    return ledger
 
 
 def _hooks(config: RunConfig, ranks: Ranks, pictures: Pictures | None) -> list[Hook]:

@@ -65,10 +65,16 @@ class Checkpoint:
                 raise DamagedData(f"{path}: not as written: size or sha256 differs from manifest.json")
 
 
+def committed(root: Path) -> list[Path]:
+    """The folders `step-N` under `root`, the newest last."""
+    folders = [path for path in root.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
+
+
 def find_checkpoint(root: Path) -> Checkpoint | None:
     """The newest whole checkpoint under `root`; damaged ones are passed over with a warning."""
-    folders = [path for path in root.glob("step-*") if path.suffix != ".tmp" and path.name[5:].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
+    folders = committed(root)
+    for folder in reversed(folders):
         try:
             checkpoint = Checkpoint(folder)
             checkpoint.verify()
@@ -98,7 +104,8 @@ def save_checkpoint(
     scratch = folder.with_name(folder.name + ".tmp")
     if ranks.is_first:
         check_owner()
-        shutil.rmtree(scratch, ignore_errors=True)
+        for abandoned in root.glob("step-*.tmp"):
+            shutil.rmtree(abandoned)
         scratch.mkdir(parents=True)
     ranks.barrier()
     written = [*_write_tensors(scratch, "model", model, ranks), *_write_tensors(scratch, "optimizer", optimizer, ranks)]
@@ -111,7 +118,7 @@ def save_checkpoint(
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
         check_owner()
         _commit(scratch, folder)
-        _retire(root, keep)
+        _retire(root, folder, keep)
     ranks.barrier()
     return folder
 
@@ -150,9 +157,11 @@ def _commit(scratch: Path, folder: Path) -> None:
     _fsync(folder.parent)
 
 
-def _retire(root: Path, keep: int) -> None:
-    folders = sorted((path for path in root.glob("step-*") if path.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-    for folder in folders[:-keep]:
+def _retire(root: Path, newest: Path, keep: int) -> None:
+    """Keep `keep` checkpoints up to `newest`; what lies beyond it was damaged, or of steps that are done again."""
+    folders = committed(root)
+    place = folders.index(newest)
+    for folder in folders[: max(0, place + 1 - keep)] + folders[place + 1 :]:
         shutil.rmtree(folder)
 
 

@@ -35,10 +35,8 @@ def evaluate(
     """
     sums = {}
     for source in dataset.splits.get(split, []):
-        total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
-        for batch in evaluation_batches(config, dataset, split, source, rows, ranks.rank, ranks.size, max_tokens):
-            part = _sums(forward, batch.to(ranks.device))
-            total = total + part
+        batches = evaluation_batches(config, dataset, split, source, rows, ranks.rank, ranks.size, max_tokens)
+        total = torch.stack([_sums(forward, batch.to(ranks.device)) for batch in batches]).sum(0)
         text = dataset.source(split, source)
         sums[source] = (ranks.sum(total).tolist(), text.n_text_bytes / max(1, text.n_tokens))
     domains = {source: _figures(total, total[1] * bytes_a_token) for source, (total, bytes_a_token) in sums.items()}

@@ -1,6 +1,7 @@
 """What hangs on the training loop without being training: progress bar, metrics file, TensorBoard. Rank 0 only."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from megaboat.log import get_logger
 
 Metrics = dict[str, Any]
 Pictures = Callable[[], dict[str, Figure]]
@@ -62,8 +65,10 @@ class JsonLines(Hook):
         self._paths = {"metrics": folder / "metrics.jsonl", "evaluation": folder / "evaluation.jsonl"}
 
     def on_start(self, step: int, steps: int) -> None:
-        for path in self._paths.values():
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        for name, path in self._paths.items():
+            # A run that was finished is evaluated again.
+            last = step - 1 if name == "evaluation" and step == steps else step
+            kept = [line for line in _lines(path) if _step(line) <= last]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(path)
@@ -104,18 +109,32 @@ class TensorBoard(Hook):
     def on_evaluation(self, step: int, result: Metrics) -> None:
         for name, domain in {**result["domains"], "overall": result["overall"]}.items():
             self._writer.add_scalar(f"bits_per_byte/{name}", domain["bits_per_byte"], step)
-        for name, figure in (self._pictures() if self._pictures else {}).items():
+        try:
+            figures = self._pictures() if self._pictures else {}
+        except Exception as error:  # no picture is worth a run
+            get_logger().warning("no pictures in TensorBoard at step %d: %s", step, error)
+            figures = {}
+        for name, figure in figures.items():
             self._writer.add_figure(f"report/{name}", figure, step)
 
     def on_end(self) -> None:
         self._writer.close()
 
 
+def _step(line: str) -> float:
+    """The step of a line; infinite for one that a crashed machine left unreadable, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        get_logger().warning("dropped a damaged line of metrics.jsonl or evaluation.jsonl: %.60r", line)
+        return math.inf
+
+
 def _lines(path: Path) -> list[str]:
     """The whole lines of a file; what a killed writer left unfinished is dropped."""
     if not path.exists():
         return []
-    return path.read_text().split("\n")[:-1]
+    return path.read_text(errors="replace").split("\n")[:-1]
 
 
 def _thousands(value: float) -> str:

@@ -1,19 +1,21 @@
 """Parameter groups for AdamW and learning-rate schedules as pure functions of the step."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from torch import nn
 
 from megaboat.config import Section
 
+Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
+
 
 class OptimConfig(Section):
     """AdamW and its learning rate."""
 
     lr: float = pydantic.Field(1e-3, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = pydantic.Field(1e-8, gt=0)
     weight_decay: float = pydantic.Field(0.1, ge=0)
     """On weight matrices only: not on biases, norms, gains, EMA coefficients and temperatures."""

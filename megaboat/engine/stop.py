@@ -31,6 +31,15 @@ class StopRequest:
         self.received = signal.Signals(number).name
 
 
+def is_done(folder: Path, steps: int) -> bool:
+    """Whether the run in `folder` has finished `steps` steps or more."""
+    try:
+        outcome = json.loads((folder / "outcome.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return outcome["outcome"] == "done" and outcome["step"] >= steps
+
+
 def write_outcome(folder: Path, outcome: Outcome, step: int, reason: str) -> None:
     """`outcome.json`: what became of the run, for whoever started it (an exit code does not reach them all)."""
     temporary = folder / "outcome.json.tmp"

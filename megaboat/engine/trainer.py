@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from megaboat.engine.deepspeed import Engine
 from megaboat.engine.evaluate import documents, evaluate
 from megaboat.engine.fence import Fence
 from megaboat.engine.hooks import Hook
-from megaboat.engine.metrics import StepSums, step_metrics
+from megaboat.engine.metrics import GlobalSums, StepSums, step_metrics
 from megaboat.engine.optim import learning_rate
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
@@ -78,7 +77,7 @@ class Trainer:
                 self.evaluate(train.eval_tokens)
         self.save()
         self.evaluate(None)
-        return "done", f"{train.steps} steps"
+        return "done", f"{self.step} steps"
 
     def train_step(self, stop: StopRequest) -> str | None:
         """One optimizer step on one global batch. Returns the name of a signal that any rank received."""
@@ -86,9 +85,8 @@ class Trainer:
         self.watchdog.beat("data")
         batch = next(self.loader)
         waited = time.perf_counter() - started
-        torch.manual_seed(
-            hash((self.config.train.seed, self.step, self.ranks.rank))
-        )  # dropout, the same after a resume
+        # Dropout draws the same after a resume, but not on another number of ranks.
+        torch.manual_seed(hash((self.config.train.seed, self.step, self.ranks.rank)))
         sums = self._forward_backward(batch)
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         self.watchdog.beat("gather")
@@ -99,6 +97,11 @@ class Trainer:
                 f"are suspect; the last checkpoint is of step {self._saved}; try a lower optim.lr"
             )
         grad_norm = self.engine.step(lr)
+        if not 0 <= grad_norm < math.inf:  # DeepSpeed says -1, inf or nan, by stage
+            raise Diverged(
+                f"step {self.step + 1}: the gradient's norm is {grad_norm}; the last checkpoint is of step "
+                f"{self._saved}; try a lower optim.lr"
+            )
         self.step += 1
         self.watchdog.beat("record")
         self._record(everyone, lr, grad_norm, time.perf_counter() - started, waited)
@@ -110,7 +113,8 @@ class Trainer:
         targets = self.ranks.sum((batch.targets_BT != IGNORE).sum().to(self.ranks.device))
         scale = self.ranks.size / targets  # DeepSpeed divides the sum over ranks by their number
         sums = StepSums(self.config)
-        parts = batch.micro_batches(self.config.train.micro_batch)
+        rows_a_window = batch.rows // len(batch.crcs)
+        parts = batch.micro_batches(self.config.train.micro_batch * rows_a_window)
         for i, part in enumerate(parts):
             part = part.to(self.ranks.device)
             output = self.engine(part.tokens_BT, documents(part), part.targets_BT)
@@ -121,15 +125,16 @@ class Trainer:
                 self.engine.next_micro_batch()
         return sums
 
-    def evaluate(self, max_tokens: int | None) -> dict[str, Any]:
-        """Held-out figures of the present model, handed to the hooks."""
+    def evaluate(self, max_tokens: int | None) -> None:
+        """Hand held-out figures of the present model to the hooks, if the dataset has held-out text."""
+        if not self.dataset.splits.get("val"):
+            return
         self.engine.train(False)
         rows = self.config.train.micro_batch
         result = evaluate(self.engine, self.config.data, self.dataset, self.ranks, rows, max_tokens)
         result = {"step": self.step, **result}
         for hook in self.hooks:
             hook.on_evaluation(self.step, result)
-        return result
 
     def save(self) -> None:
         """Commit a checkpoint of the present step, unless there is one."""
@@ -157,18 +162,19 @@ class Trainer:
         )
         self._saved = self.step
 
-    def _named_model(self) -> "list[tuple[str, Tensor]] | Any":
+    def _named_model(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.engine.weights()
         yield from self.engine.module.named_buffers()
 
-    def _record(self, everyone: Any, lr: float, grad_norm: float, seconds: float, waited: float) -> None:
+    def _record(self, everyone: GlobalSums, lr: float, grad_norm: float, seconds: float, waited: float) -> None:
         self._last_crc = step_crc(everyone.crcs)
         if self.fence is not None:
             self.fence.check()
         if self.ledger is not None:
             first = self.loader.consumed_windows - self.config.train.global_batch
             self.ledger.append(self.step, first, self._last_crc)
-        metrics = step_metrics(self.config, everyone, self.step, lr, grad_norm, seconds, waited, self.ranks)
+        tokens = self.loader.consumed_windows * self.config.data.seq_len
+        metrics = step_metrics(self.config, everyone, self.step, tokens, lr, grad_norm, seconds, waited, self.ranks)
         for hook in self.hooks:
             hook.on_step(metrics)
 

@@ -55,10 +55,9 @@ class SeqBoatBlock(nn.Module):
         h_BTD, ema_BDN = self.ema(self.norm(x_BTD), docs.first_BT, state.ema_BDN if state else None)
         h_BTD = self.dropout(h_BTD)
         routing = self.sma.route(h_BTD, active_XM)
+        # The linear map runs between the plan and its use, so that the host does not wait for the plan's sizes.
         plans = self.sma.plan(routing, docs)
-        y_BTD = self.linear(
-            h_BTD
-        )  # between the plan and its use: the host waits for nothing that it could do meanwhile
+        y_BTD = self.linear(h_BTD)
         y_BTD = y_BTD + self.sma(h_BTD, routing, docs, state.memories if state else None, plans)
         if state is not None:
             state.ema_BDN = ema_BDN

@@ -47,11 +47,12 @@ class SeqBoatConfig(Section):
     def _fill_from_style(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        style = STYLES.get(values.get("block", "scaled"))
+        block, value_dim = values.get("block", "scaled"), values.get("value_dim")
+        style = STYLES.get(block) if isinstance(block, str) else None
         width = values.get("width", cls.model_fields["width"].default)
-        if style is None or not isinstance(width, int):
+        if style is None or not isinstance(width, int) or not isinstance(value_dim, int | None):
             return values  # the field's own check says what is wrong
-        value_dim = values.get("value_dim") or int(style["value_ratio"] * width)
+        value_dim = value_dim or int(style["value_ratio"] * width)
         head_dim = style["head_dim"]
         derived = {
             "value_dim": value_dim,
@@ -96,7 +97,7 @@ class LlamaConfig(Section):
 
 
 def _family(value: Any) -> str:
-    return value.get("family", "seqboat") if isinstance(value, dict) else value.family
+    return value.get("family", "seqboat") if isinstance(value, dict) else getattr(value, "family", "")
 
 
 ModelConfig = Annotated[

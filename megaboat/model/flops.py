@@ -48,14 +48,6 @@ def forward_flops(config: SeqBoatConfig, tokens: int, work: Work) -> float:
     return config.layers * every_token * tokens + sparse + head_flops(config, tokens)
 
 
-def dense_work(config: SeqBoatConfig, rows: int, length: int) -> Work:
-    """The work of a batch of whole documents in which every token activates every module."""
-    window = min(config.window + 1, length)
-    pairs = rows * (window * (window + 1) // 2 + (length - window) * window)
-    shape = (config.layers, config.modules)
-    return Work(torch.full(shape, rows * length), torch.full(shape, pairs))
-
-
 def llama_flops(config: LlamaConfig, tokens: int, length: int) -> float:
     """Forward pass of the dense baseline on rows of `length` tokens, attention causal over the row."""
     d, kv = config.width, config.width * (config.kv_heads or config.heads) // config.heads

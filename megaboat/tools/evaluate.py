@@ -8,7 +8,6 @@ megaboat eval runs/quickstart --text novel.txt        a text of yours
 import argparse
 import json
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +33,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--data", type=Path, metavar="DIR", help="dataset folder; default: the run's own")
     text.add_argument("--text", type=Path, metavar="FILE", help="a text (.txt) or Pile-style jsonl file instead")
     parser.add_argument("--split", default="val", help="default: val")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens of each source")
-    parser.add_argument("--seq-len", type=int, metavar="T", help="tokens in a row; default: as in training")
-    parser.add_argument("--baselines", action="store_true", help="also token unigrams, bigrams and zlib -9")
+    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="read at most N tokens of each source")
+    parser.add_argument("--seq-len", type=_positive, metavar="T", help="tokens in a row; default: as in training")
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also token unigrams, bigrams and zlib -9; holds the training tokens in memory",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
 
 
 def run(arguments: argparse.Namespace) -> None:
     setup_logging()
+    if arguments.baselines and (arguments.text or arguments.max_tokens):
+        raise BadInput("--baselines reads a whole split, and learns from the training split beside it: without --text")
     loaded = load_run(arguments.run)
     with tempfile.TemporaryDirectory() as scratch:
         dataset = _dataset(arguments, loaded, Path(scratch))
         result = _evaluate(arguments, loaded, dataset)
         peers = baselines(dataset, arguments.split) if arguments.baselines else {}
     print(table(result, peers))
-    if peers and arguments.data is None and arguments.text is None and (arguments.run / "checkpoints").is_dir():
+    if peers and arguments.data is None and arguments.split == "val" and (arguments.run / "checkpoints").is_dir():
         (arguments.run / "baselines.json").write_text(json.dumps(peers, indent=1) + "\n")  # the report shows them
     if arguments.json:
         arguments.json.write_text(json.dumps(result | {"baselines": peers}, indent=1) + "\n")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 def table(result: dict[str, Any], peers: dict[str, dict[str, float]]) -> str:
@@ -75,7 +87,8 @@ def _dataset(arguments: argparse.Namespace, loaded: LoadedRun, scratch: Path) ->
         if not arguments.text.is_file():
             raise BadInput(f"{arguments.text}: no such file")
         options = PrepareOptions(default_source=arguments.text.stem)
-        prepare(Request({arguments.split: [arguments.text]}, str(loaded.tokenizer_file), scratch / "text", options))
+        arguments.split = "val"
+        prepare(Request({"val": [arguments.text]}, str(loaded.tokenizer_file), scratch / "text", options))
         return open_dataset(scratch / "text")
     path = arguments.data or loaded.data.path
     if path is None:
@@ -91,6 +104,6 @@ def _evaluate(arguments: argparse.Namespace, loaded: LoadedRun, dataset: Dataset
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device).eval()
     config = DataConfig(path=dataset.path, seq_len=arguments.seq_len or loaded.data.seq_len)
-    bf16 = device.type == "cuda"
-    with torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext():
+    bf16 = device.type == "cuda" and loaded.config.train.precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         return evaluate(model, config, dataset, Ranks(0, 1, device), ROWS, arguments.max_tokens, arguments.split)

@@ -7,8 +7,8 @@ and that you can type yourself. Interrupt it at any time; the same command goes 
 """
 
 import argparse
-import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megaboat.config import load_config
 from megaboat.engine.run_config import RunConfig
+from megaboat.engine.stop import is_done
 from megaboat.errors import BadInput
 
 RECIPE = Path("data/embedded.py")
@@ -44,9 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     held_out = ["--val-per-10k", "500"]  # few documents: 5 % give each domain a held-out text worth measuring
     prepare = ["data", "prepare", "--input", texts, "--tokenizer", str(tokenizer), "--out", str(tokens), *held_out]
     _stage("tokens in shards", ["-m", "megaboat", *prepare])
-    if not _is_done(out, config.train.steps):
+    if not is_done(out, config.train.steps):
         _stage("training", ["-m", "megaboat", "train", str(arguments.config), *arguments.overrides])
-        if not _is_done(out, config.train.steps):
+        if not is_done(out, config.train.steps):
             raise KeyboardInterrupt  # training caught the signal and saved a checkpoint
     _stage("held-out text, beside simpler models", ["-m", "megaboat", "eval", str(out), "--baselines"])
     _stage("pictures", ["-m", "megaboat", "report", str(out)])
@@ -66,15 +67,10 @@ def _stage(title: str, arguments: list[str]) -> None:
     except KeyboardInterrupt:
         process.wait()  # the terminal sent the signal to the stage too; let it finish what it is writing
         raise
-    if code == 130:
+    if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code != 0:
-        raise BadInput(f"the stage {title!r} ended with exit code {code}; its message is above")
-
-
-def _is_done(out: Path, steps: int) -> bool:
-    try:
-        outcome = json.loads((out / "outcome.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return outcome["outcome"] == "done" and outcome["step"] == steps
+        raise BadInput(
+            f"the stage {title!r} ended with exit code {code}; its message is above. To start afresh (another Python, "
+            "another megaboat), delete the folders of data.path and train.out"
+        )

@@ -42,7 +42,6 @@ def _train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     out, trainer = config.train.out, None
     try:
         trainer = open_run(config, ranks, pictures=lambda: all_figures(read_run(out)))
-        setup_logging(ranks.rank, ranks.size, out / "log.txt")
         outcome, reason = trainer.fit(stop)
     except (InUse, Superseded):
         raise  # the folder, and so the outcome, is another run's

@@ -93,9 +93,17 @@ def test_rows_that_do_not_fit_the_ranks(
 
 def test_a_run_of_another_model(trained: Path, dataset_folder: Path) -> None:
     before = snapshot(trained)
-    config = tiny_config(dataset_folder, trained, train__steps=5, model__layers=3)
-    with pytest.raises(AssertionError, match="train.out holds a run of another model"):
-        run_on_ranks(train_on_rank, 1, config)
+    for key, change in (("layers", 3), ("window", 9)):
+        config = tiny_config(dataset_folder, trained, train__steps=5, **{f"model__{key}": change})
+        with pytest.raises(AssertionError, match=rf"model.{key} was \d+ and is now {change}; train.out holds"):
+            run_on_ranks(train_on_rank, 1, config)
+    assert snapshot(trained) == before
+
+
+def test_fewer_steps_than_were_done(trained: Path, dataset_folder: Path) -> None:
+    before = snapshot(trained)
+    with pytest.raises(AssertionError, match="train.steps 3 is behind the checkpoint of step 5"):
+        run_on_ranks(train_on_rank, 1, tiny_config(dataset_folder, trained, train__steps=3))
     assert snapshot(trained) == before
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megaboat.data.prepare import Request, prepare
+from megaboat.data.spill import PrepareOptions
+from tests.corpus import real_texts, write_jsonl
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import tiny_config, tiny_tree
 from tests.engine.runs import losses, metrics, start_command, train_on_rank, write_config
@@ -118,3 +121,34 @@ def test_sigterm_saves_and_asks_to_be_requeued(undisturbed: Path, dataset_folder
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step-{outcome['step']}"
     assert run_on_ranks(train_on_rank, 2, tiny_config(dataset_folder, out, train__micro_batch=1))[0] == ("done", 20)
     assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_shorter_rows_are_accumulated_by_windows(dataset_folder: Path, tmp_path: Path) -> None:
+    """micro_batch counts windows: with two rows in each, an optimizer step is still an optimizer step."""
+    for micro_batch in (4, 1):
+        config = tiny_config(
+            dataset_folder,
+            tmp_path / str(micro_batch),
+            data__row_len=16,
+            train__micro_batch=micro_batch,
+            train__steps=6,
+        )
+        run_on_ranks(train_on_rank, 1, config)
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), rel=1e-5)
+
+
+def test_a_dataset_without_held_out_text_trains(dataset_folder: Path, tmp_path: Path) -> None:
+    texts = write_jsonl(tmp_path / "texts.jsonl", real_texts(5, max_chars=6000))
+    request = Request({"train": [texts]}, "bytes+eos", tmp_path / "tokens", PrepareOptions(val_per_10k=0))
+    prepare(request)
+    config = tiny_config(tmp_path / "tokens", tmp_path / "run", train__steps=3)
+    assert run_on_ranks(train_on_rank, 1, config) == [("done", 3)]
+
+
+def test_a_run_that_diverges_says_so(dataset_folder: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(dataset_folder, tmp_path / "run", optim__lr=1e30, optim__warmup=0.0)
+    command = start_command("train", str(write_config(tmp_path / "run.yaml", tree)))
+    _, messages = command.communicate(timeout=120)
+    assert command.returncode == 4, messages
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "fatal"
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
-from megaboat.model.flops import count_work, dense_work, forward_flops, llama_flops, peak_flops
+from megaboat.model.flops import count_work, forward_flops, llama_flops, peak_flops
 
 CONFIG = SeqBoatConfig(
     block="paper", vocab_size=11, layers=2, width=6, qk_dim=4, value_dim=10, ema_order=3, window=2, ffn_dim=8
@@ -41,13 +41,6 @@ def test_pairs_are_what_the_window_shows(window: int) -> None:
                 rows = int(active_LXM[layer, start:end, module].sum())
                 pairs += sum(min(i, window) + 1 for i in range(rows))
             assert work.pairs_LM[layer, module] == pairs
-
-
-def test_dense_work_is_the_work_of_all_tokens() -> None:
-    every = torch.ones(CONFIG.layers, 3 * 30, 1, dtype=torch.bool)
-    counted = count_work(every, torch.tensor([0, 30, 60, 90], dtype=torch.int32), CONFIG.window)
-    dense = dense_work(CONFIG, rows=3, length=30)
-    assert [tensor.tolist() for tensor in dense] == [tensor.tolist() for tensor in counted]
 
 
 def test_matrix_products_agree_with_torch() -> None:

@@ -1,0 +1,85 @@
+"""The folder of checkpoints: what is kept, what is cleared away, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaboat.config import build_config
+from megaboat.engine.checkpoint import Checkpoint, committed, find_checkpoint, save_checkpoint
+from megaboat.engine.hooks import JsonLines
+from megaboat.engine.ranks import Ranks
+from megaboat.engine.run_config import RunConfig
+from megaboat.errors import BadInput, DamagedData
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def save(root: Path, step: int, keep: int = 2) -> Path:
+    named = [("weight", torch.full((3,), float(step)))]
+    config = build_config(RunConfig, {}, "the test")
+    return save_checkpoint(root, named, [("exp_avg.weight", named[0][1])], {"step": step}, config, keep, ALONE)
+
+
+def damage(folder: Path) -> None:
+    path = folder / "model-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+
+
+def names(root: Path) -> list[str]:
+    return [path.name for path in committed(root)]
+
+
+def test_tensors_and_state_come_back(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert found.state["step"] == 7
+    assert dict(found.model())["weight"].tolist() == [7.0] * 3
+    assert dict(found.optimizer())["exp_avg.weight"].tolist() == [7.0] * 3
+    assert found.config == build_config(RunConfig, {}, "the test")
+    assert (tmp_path / "latest").read_text() == "step-7\n"
+
+
+def test_the_last_ones_are_kept_and_abandoned_writes_cleared(tmp_path: Path) -> None:
+    (tmp_path / "step-3.tmp").mkdir()
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step-10", "step-15"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_damaged_one_is_not_counted_among_the_kept(tmp_path: Path) -> None:
+    for step in (100, 200):
+        save(tmp_path, step)
+    damage(tmp_path / "step-200")
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert found.folder.name == "step-100"
+    save(tmp_path, 150, keep=1)
+    assert names(tmp_path) == ["step-150"]
+
+
+def test_nothing_whole_is_refused_rather_than_started_again(tmp_path: Path) -> None:
+    damage(save(tmp_path, 5))
+    with pytest.raises(DamagedData, match="none of its 1 checkpoints is whole"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    state = json.loads((folder / "state.json").read_text()) | {"format": "megaboat-checkpoint/9"}
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(BadInput, match="megaboat-checkpoint/9"):
+        Checkpoint(folder)
+
+
+def test_a_crashed_machine_does_not_block_the_metrics(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\0\n{"step": 2}\n{"step": 3}\n{"ste')
+    hook = JsonLines(tmp_path)
+    hook.on_start(2, 10)
+    hook.on_step({"step": 3, "again": True})
+    hook.on_end()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
