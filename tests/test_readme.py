@@ -20,10 +20,12 @@ def test_there_are_two_set_up_commands() -> None:
     assert len(SET_UP) == 2
     assert "configs/quickstart.yaml" in SET_UP[0]
     assert "pytest" in SET_UP[1]
+    assert "bits/byte" in README, "the first command's output is shown"
 
 
 def test_every_command_that_it_names_exists() -> None:
-    named = set(re.findall(r"^(?:\S*/)?megaboat (\w+)", README, re.MULTILINE))
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+    named = set(re.findall(r"^(?:\S*/)?megaboat (\w+)", blocks, re.MULTILINE))
     assert named
     assert named <= set(COMMANDS)
 

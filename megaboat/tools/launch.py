@@ -9,7 +9,6 @@ Config, corpus and ranks are checked before anything is queued.
 
 import argparse
 import itertools
-import json
 import os
 import re
 import shlex
@@ -24,6 +23,7 @@ from megaboat.data.dataset import open_dataset
 from megaboat.engine.fence import Fence
 from megaboat.engine.ranks import FIRST_SPECIAL_STEP
 from megaboat.engine.run_config import RunConfig
+from megaboat.engine.stop import is_done
 from megaboat.errors import BadInput
 from megaboat.tools.preflight import note_attempt
 
@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.sweep:
             overrides = [*overrides, f"train.out={point_folder(arguments.config, overrides, arguments.sweep)}"]
         out, _ = check_config(arguments.config, overrides, arguments.nodes, tasks)
-        if arguments.sweep and is_done(out):
+        steps = load_config(RunConfig, arguments.config, overrides).train.steps
+        if arguments.sweep and is_done(out, steps):
             print(f"{out} is done")
         else:
             folder = _notes_folder(out, bool(arguments.sweep))
@@ -92,7 +93,7 @@ class Task:
         parser = argparse.ArgumentParser()
         train.add_arguments(parser)
         train.run(parser.parse_args([self.config, *self.overrides]))
-        if not is_done(Path(self.out)):
+        if not is_done(Path(self.out), steps=1):
             raise SystemExit(0)  # without a result for submitit, whose job is not over
 
 
@@ -141,14 +142,6 @@ def point_folder(config: Path, overrides: list[str], axes: list[str]) -> Path:
     """The run folder of a point of a sweep, named by what differs."""
     out = load_config(RunConfig, config, overrides).train.out
     return out / re.sub(r"[^\w.=+-]", "_", "_".join(overrides[-len(axes) :]))
-
-
-def is_done(out: Path) -> bool:
-    """Whether a run says of itself that it is finished."""
-    try:
-        return json.loads((out / "outcome.json").read_text())["outcome"] == "done"
-    except (OSError, ValueError):
-        return False
 
 
 def _notes_folder(out: Path, sweep: bool) -> Path:

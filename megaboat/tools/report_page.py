@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import shlex
 from html import escape
 from pathlib import Path
 from string import Template
@@ -188,7 +189,7 @@ def _inline(image: bytes) -> str:
 
 
 def _next_steps(run: Run) -> str:
-    folder = escape(str(run.folder))
+    folder = escape(shlex.quote(str(run.folder)))
     commands = (
         f"megaboat generate {folder} --prompt 'def '      # let it write\n"
         f"tensorboard --logdir {folder}/tensorboard      # the same curves, live\n"

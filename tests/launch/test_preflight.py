@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from megaboat.engine.stop import is_done, write_outcome
 from megaboat.errors import BadInput
-from megaboat.tools.launch import check_config, check_job, is_done, sweep_points
+from megaboat.tools.launch import check_config, check_job, sweep_points
 from megaboat.tools.preflight import compare_nodes, describe_node, note_attempt
 from tests.engine.conftest import tiny_tree
 from tests.engine.runs import write_config
@@ -93,8 +94,7 @@ def test_a_sweep_is_every_combination() -> None:
 
 
 def test_done_is_what_the_run_says(tmp_path: Path) -> None:
-    assert not is_done(tmp_path)
-    (tmp_path / "outcome.json").write_text('{"outcome": "requeue"}')
-    assert not is_done(tmp_path)
-    (tmp_path / "outcome.json").write_text('{"outcome": "done"}')
-    assert is_done(tmp_path)
+    assert not is_done(tmp_path, 10)
+    for outcome, step, done in (("requeue", 10, False), ("done", 5, False), ("done", 10, True), ("done", 20, True)):
+        write_outcome(tmp_path, outcome, step, "")
+        assert is_done(tmp_path, 10) == done
