@@ -112,13 +112,15 @@ class Engine:
             state["step"].fill_(updates)
         for name, parameter in self.names.items():
             for key in MOMENTS:
-                value = full[f"{key}.{name}"]
-                if self.stage == 0:
-                    self._optimizer.state[parameter][key].copy_(value)
-                elif self.stage == 3:
-                    safe_set_local_optimizer_state(parameter, _own_slice(parameter, value), key)
-                else:
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+                self._set_moment(parameter, key, full[f"{key}.{name}"])
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if self.stage == 0:
+            self._optimizer.state[parameter][key].copy_(value)
+        elif self.stage == 3:
+            safe_set_local_optimizer_state(parameter, _own_slice(parameter, value), key)
+        else:
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
     def _create_states(self) -> None:
         """Make AdamW's state, as its first step would: too late to load one, and DeepSpeed 0.19.8 links the state of

@@ -1,6 +1,7 @@
 """What a user can get wrong: one clear line, exit code 2 or 3, and nothing written over."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,7 @@ def test_vocabulary_smaller_than_the_shards(
 def test_vocabulary_larger_than_the_dtype(
     dataset_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "tokens"
-    copy.mkdir()
-    for path in dataset_folder.rglob("*"):
-        if path.is_file():
-            (copy / path.relative_to(dataset_folder)).parent.mkdir(parents=True, exist_ok=True)
-            (copy / path.relative_to(dataset_folder)).write_bytes(path.read_bytes())
+    copy = shutil.copytree(dataset_folder, tmp_path / "tokens")
     index = json.loads((copy / "index.json").read_text())
     index["vocab_size"] = 70_000
     (copy / "index.json").write_text(json.dumps(index))
@@ -133,11 +129,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(dataset_folder: Path, tmp_pa
 
 
 def test_a_flipped_byte_in_a_shard_stops_with_3(dataset_folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "tokens"
-    for path in dataset_folder.rglob("*"):
-        if path.is_file():
-            (copy / path.relative_to(dataset_folder)).parent.mkdir(parents=True, exist_ok=True)
-            (copy / path.relative_to(dataset_folder)).write_bytes(path.read_bytes())
+    copy = shutil.copytree(dataset_folder, tmp_path / "tokens")
     for shard in copy.rglob("train/*.tar"):
         content = bytearray(shard.read_bytes())
         content[3000] ^= 1
