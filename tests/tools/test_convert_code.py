@@ -92,10 +92,11 @@ def test_every_function_is_the_package_s_own_but_for_names_and_fast_paths() -> N
     """No second implementation: what is in the file is in the package, line by line."""
     package = set()
     for path in hf_source.PACKAGE.rglob("*.py"):
-        package |= {line.strip() for line in path.read_text().splitlines()}
+        lines = {line.strip() for line in path.read_text().splitlines()}
+        package |= lines | {line.replace("kernels.", "") for line in lines}  # one file has no modules to name
     code = modeling_code()
     body = code[code.index("class Documents") :]
     foreign = [line for line in body.splitlines() if line.strip() and line.strip() not in package]
-    renamed = [line for line in foreign if not line.startswith("# ")]
-    assert len(renamed) < 40, renamed
+    renamed = [line for line in foreign if not line.startswith("#")]  # headings between the modules
+    assert len(renamed) < 12, renamed
     assert all("kernels." not in line for line in body.splitlines() if not line.lstrip().startswith(("#", '"')))
