@@ -4,6 +4,7 @@ Step s of the whole run uses windows [n, n + B); rank r of W takes [n + B r / W,
 batches are the same at every world size and the state is n.
 """
 
+import atexit
 import queue
 import threading
 import zlib
@@ -184,6 +185,8 @@ class _Prefetch:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._fill, args=(items,), name="data-prefetch", daemon=True)
         self._thread.start()
+        # A daemon thread inside torch while the interpreter ends aborts the process.
+        atexit.register(self.close)
 
     def get(self) -> Batch:
         """The next item. Raises what reading it raised, now and at every later call."""
@@ -197,6 +200,7 @@ class _Prefetch:
 
     def close(self) -> None:
         """End the thread."""
+        atexit.unregister(self.close)
         self._stop.set()
         while not self._queue.empty():
             self._queue.get_nowait()
