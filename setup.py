@@ -34,7 +34,8 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn-4"],
-        "test": ["pytest>=8", "hypothesis>=6", "triton>=3.7; platform_machine == 'x86_64'"],
+        "parquet": ["pyarrow>=17"],
+        "test": ["pytest>=8", "hypothesis>=6", "pyarrow>=17", "triton>=3.7; platform_machine == 'x86_64'"],
         "dev": ["ruff==0.17.*", "mypy>=1.15", "pre-commit>=4", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["megaboat=megaboat.cli:main"]},

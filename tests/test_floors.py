@@ -24,6 +24,7 @@ DOORS = {
     "deepspeed": "engine/deepspeed.py",
     "sentencepiece": "data/tokenizer.py",
     "zstandard": "data/reader.py",
+    "pyarrow": "data/parquet.py",
     "tensorboard": "engine/hooks.py",
     "submitit": "tools/launch.py",
 }

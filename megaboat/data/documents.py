@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NoReturn
 
-from megaboat.data.reader import Line
+from megaboat.data.lines import Line
 
 SPLIT_STEPS = 10_000
 SENTENCEPIECE_SPACE = "\u2581"

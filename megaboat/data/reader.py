@@ -1,4 +1,4 @@
-"""Lines of a corpus file: jsonl or plain text, perhaps zst or gz. The only file that imports zstandard.
+"""Lines of a corpus file: jsonl or plain text, perhaps zst or gz, or parquet. The only file that imports zstandard.
 
 A compressed stream that stops early decodes without an error in most readers; here every frame must reach its end,
 or `BrokenInput` says where reading stopped and how much of what came before can be trusted.
@@ -6,46 +6,21 @@ or `BrokenInput` says where reading stopped and how much of what came before can
 
 import glob
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import zstandard
 
+from megaboat.data.lines import BrokenInput, Line
+from megaboat.data.parquet import read_parquet
 from megaboat.errors import BadInput
 
 READ_BYTES = 1 << 16
 # Archives written with `zstd --long=31` need the largest window that the format knows.
 MAX_WINDOW = 1 << 31
 PLAIN_TEXT = {".txt", ".xml"}
-UNREAD = {".parquet", ".arrow", ".bz2", ".xz", ".lz4", ".zip", ".tar"}
-
-
-class BrokenInput(BadInput):
-    """A file that cannot be read to its end.
-
-    `trusted` counts the decompressed bytes that are certainly right: all of them when the file was merely cut,
-    those of the frames before when a checksum failed.
-    """
-
-    def __init__(self, path: Path, reason: str, compressed_offset: int, trusted: int, note: str = ""):
-        super().__init__(f"{path}: {reason} at byte {compressed_offset:,}{note}")
-        self.path, self.reason, self.note = path, reason, note
-        self.compressed_offset, self.trusted = compressed_offset, trusted
-
-    def __reduce__(self) -> tuple[type, tuple[Path, str, int, int, str]]:
-        """Exceptions cross the border between worker processes by their arguments."""
-        return BrokenInput, (self.path, self.reason, self.compressed_offset, self.trusted, self.note)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line without its line end. `data` is None when it was longer than allowed."""
-
-    number: int  # from 1
-    offset: int  # of its first byte, in the decompressed file
-    data: bytes | None
+UNREAD = {".arrow", ".bz2", ".xz", ".lz4", ".zip", ".tar"}
 
 
 class Decompressor(Protocol):
@@ -79,12 +54,19 @@ def read_whole(path: Path, on_read: Callable[[int], object] = lambda count: None
 
 
 def read_lines(
-    path: Path, max_line_bytes: int = 1 << 28, on_read: Callable[[int], object] = lambda count: None
+    path: Path,
+    max_line_bytes: int = 1 << 28,
+    on_read: Callable[[int], object] = lambda count: None,
+    keys: Sequence[str] = ("text",),
 ) -> Iterator[Line]:
     """Every line of the file in order. Raises BrokenInput, after the last whole line, if the file is damaged.
 
-    `on_read` is told how many bytes of the file were read each time, for progress bars.
+    `on_read` is told how many bytes of the file were read each time, for progress bars. `keys` are the dotted paths
+    that will be asked for: of a parquet file nothing else is read, and its rows are the lines.
     """
+    if path.suffix == ".parquet":
+        yield from read_parquet(path, max_line_bytes, on_read, keys)
+        return
     number, offset = 1, 0
     rest: list[bytes] = []
     rest_bytes = 0
@@ -107,7 +89,7 @@ def read_lines(
 
 def _chunks(path: Path, on_read: Callable[[int], object]) -> Iterator[bytes]:
     if path.suffix in UNREAD:
-        raise BadInput(f"{path}: {path.suffix} files are not read; jsonl, jsonl.zst, jsonl.gz, txt and txt.zst are")
+        raise BadInput(f"{path}: {path.suffix} files are not read; jsonl, jsonl.zst, jsonl.gz, parquet and txt are")
     try:
         with path.open("rb") as file:
             told = _Told(file, on_read)

@@ -24,8 +24,9 @@ from megaboat.data.documents import (
     parse_line,
 )
 from megaboat.data.files import sha256_of_file, write_array, write_json, write_whole
+from megaboat.data.lines import BrokenInput, Line
 from megaboat.data.pool import Report
-from megaboat.data.reader import BrokenInput, Line, is_plain_text, read_lines, read_whole
+from megaboat.data.reader import is_plain_text, read_lines, read_whole
 from megaboat.data.shards import check_vocabulary, token_dtype
 from megaboat.data.tokenizer import BYTE_TOKENIZERS, Tokenizer, open_tokenizer
 from megaboat.errors import BadInput
@@ -177,7 +178,8 @@ def _spill_lines(job: SpillJob, sha256: str, file: BinaryIO, tally: _Tally, repo
 def _documents(job: SpillJob, tokenizer: Tokenizer, tally: _Tally, report: Report) -> Iterator[tuple[Line, Document]]:
     """Every document to keep, with its line. A plain text is one, of the default source or of source "text"."""
     if not is_plain_text(job.path):
-        for line in read_lines(job.path, job.options.max_line_bytes, lambda count: report(count, 0)):
+        keys = (job.options.text_key, job.options.source_key)
+        for line in read_lines(job.path, job.options.max_line_bytes, lambda count: report(count, 0), keys):
             document = _accept(job, line, tally)
             if document is not None:
                 yield line, document

@@ -88,7 +88,7 @@ def _texts(inputs: list[Path], text_key: str) -> Iterator[str]:
         if is_plain_text(path):
             yield read_whole(path).decode(errors="replace")
             continue
-        for line in read_lines(path):
+        for line in read_lines(path, keys=(text_key,)):
             parsed = parse_line(line, text_key, text_key)
             if not isinstance(parsed, Rejected):
                 yield parsed.text

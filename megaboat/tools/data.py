@@ -57,7 +57,7 @@ def _add_prepare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(function=_prepare)
-    parser.add_argument("--input", required=True, metavar="GLOB", help="jsonl or txt files, perhaps zst or gz, quoted")
+    parser.add_argument("--input", required=True, metavar="GLOB", help="jsonl, txt (also zst, gz) or parquet, quoted")
     parser.add_argument("--val", metavar="GLOB", help="validation files; without: some documents are held out")
     parser.add_argument("--test", metavar="GLOB", help="test files")
     parser.add_argument(

@@ -56,6 +56,7 @@ PACKAGES = (
     Package("PyYAML", "yaml", "reading configs", "pip install pyyaml", required=True),
     Package("sentencepiece", "sentencepiece", "tokenizers", "pip install sentencepiece", required=True),
     Package("zstandard", "zstandard", "reading .jsonl.zst", "pip install zstandard", required=True),
+    Package("pyarrow", "pyarrow", "reading .parquet", "pip install pyarrow"),
     Package("safetensors", "safetensors", "exports", "pip install safetensors"),
     Package("transformers", "transformers", "the Llama baseline and exports", "pip install 'transformers>=5,<6'"),
     Package("webdataset", "webdataset", "checking shards against stock webdataset", "pip install webdataset"),

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = actions.add_parser(
         "train", help="train a vocabulary", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    train.add_argument("--input", required=True, metavar="GLOB", help="jsonl, jsonl.zst, jsonl.gz or txt files, quoted")
+    train.add_argument("--input", required=True, metavar="GLOB", help="jsonl, txt (also zst, gz) or parquet, quoted")
     train.add_argument("--vocab-size", required=True, type=int, metavar="N", help="number of pieces, e.g. 32000")
     train.add_argument("--out", required=True, type=Path, metavar="FILE", help="model file to write; must not exist")
     train.add_argument("--kind", choices=KINDS, default="bpe", help="default: bpe")

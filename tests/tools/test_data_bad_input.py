@@ -305,7 +305,7 @@ def test_nothing_matches_and_unreadable_folders(prepare: Run, tmp_path: Path, so
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["corpus.parquet", "corpus.jsonl.xz", "corpus.jsonl.bz2"])
+@pytest.mark.parametrize("name", ["corpus.arrow", "corpus.jsonl.xz", "corpus.jsonl.bz2"])
 def test_formats_that_are_not_read_are_said_so(prepare: Run, tmp_path: Path, sound: bytes, name: str) -> None:
     code, said = prepare(sound, name=name)
     assert (code, refused(tmp_path)) == (2, True)
