@@ -9,14 +9,18 @@ from megaboat.config import Section
 
 
 class Phase(Section):
-    """From `from_window` on, other weights or shorter rows. Windows keep their length: rows are cut from them."""
+    """From `from_window` on, other weights, shorter rows, or no longer these blocks. Windows keep their length."""
 
-    from_window: int = pydantic.Field(gt=0)
-    """A multiple of 65,536 (order.CYCLE), so that the count of windows drawn from each source is closed-form."""
+    from_window: int = pydantic.Field(ge=0)
+    """A multiple of 65,536 (order.CYCLE), so that the count of windows drawn from each source is closed-form, and
+    ascending; any window, in any order, for phases that only exclude blocks."""
     weights: dict[str, float] | None = None
     """None: as before."""
     row_len: int | None = None
     """Tokens per row, a divisor of seq_len; None: as before."""
+    exclude_blocks: list[str] = []
+    """Damaged blocks as `train/NAME-00000.tar:BLOCK`, for good: what would touch them is read elsewhere in the same
+    epoch of their source, where it comes twice."""
 
 
 class DataConfig(Section):

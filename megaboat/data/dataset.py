@@ -4,6 +4,7 @@ import mmap
 import zlib
 from array import array
 from collections import OrderedDict
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -21,21 +22,29 @@ from megaboat.errors import BadInput, DamagedData
 BORDER_CACHE_BYTES = 32 << 20
 
 
-def open_dataset(path: Path | str | None, verify: str = "lazy") -> "Dataset":
+class DamagedBlock(DamagedData):
+    """Tokens of a block are not what they were; `block` is its name, as `exclude_blocks` takes it."""
+
+    def __init__(self, message: str, block: str = ""):
+        super().__init__(message)
+        self.block = block
+
+
+def open_dataset(path: Path | str | None, verify: str = "lazy", excluded: Collection[str] = ()) -> "Dataset":
     """Open a folder written by `megaboat data prepare`; check that every shard is there and has its size.
 
-    verify: "lazy" checks crcs when tokens are first touched, "full" all of them now, "off" never.
-    Raises BadInput if there is no dataset, DamagedData if it is not what its index says.
+    verify: "lazy" checks crcs when tokens are first touched, "full" all of them now but those of `excluded` blocks,
+    "off" never. Raises BadInput if there is no dataset, DamagedData if it is not what its index says.
     """
     if path is None:
         raise BadInput("data.path is not set; it names a folder written by `megaboat data prepare`")
-    return Dataset(Path(path), verify)
+    return Dataset(Path(path), verify, excluded)
 
 
 class Dataset:
     """The index, and a TokenSource for each split and source."""
 
-    def __init__(self, path: Path, verify: str = "lazy"):
+    def __init__(self, path: Path, verify: str = "lazy", excluded: Collection[str] = ()):
         self.path, self.verify = path, verify
         self.index = read_index(path)
         self.dataset_id = dataset_id(path)
@@ -55,7 +64,7 @@ class Dataset:
         if verify == "full":
             for split, sources in self.splits.items():
                 for source in sources:
-                    self.source(split, source).check_all()
+                    self.source(split, source).check_all(excluded)
 
     def source(self, split: str, name: str) -> "TokenSource":
         """The tokens of one source. Raises BadInput for an unknown split or source."""
@@ -160,10 +169,26 @@ class TokenSource:
         lengths = [np.diff(self._block_borders(block)) for block in range(len(self._blocks))]
         return np.concatenate(lengths)
 
-    def check_all(self) -> None:
-        """Check the crc of every chunk. Raises DamagedData."""
+    def check_all(self, excluded: Collection[str] = ()) -> None:
+        """Check the crc of every chunk, but of blocks of these names. Raises DamagedBlock."""
         for block, row in enumerate(self._blocks):
-            self._tokens(block, 0, int(row["n_tokens"]))
+            if not excluded or self.block_name(block) not in excluded:
+                self._tokens(block, 0, int(row["n_tokens"]))
+
+    def block_name(self, block: int) -> str:
+        """`train/NAME-00000.tar:7` for the eighth block of a shard; `block` counts through all shards."""
+        shard = self._shard_of[block]
+        return f"{self._shards[shard]}:{block - self._first_block(shard)}"
+
+    def find_block(self, name: str) -> tuple[int, int] | None:
+        """Where the tokens of the block of that name begin and end; None if there is none."""
+        shard, _, number = name.rpartition(":")
+        if shard not in self._shards or not number.isdecimal():
+            return None
+        block = self._first_block(self._shards.index(shard)) + int(number)
+        if block >= len(self._blocks) or self.block_name(block) != f"{shard}:{int(number)}":
+            return None
+        return int(self._starts[block]), int(self._starts[block + 1])
 
     def _read_across(self, block: int, start: int, row: np.ndarray) -> np.ndarray:
         """Fill a row from `start` within a block and on through the next ones; where in it documents start."""
@@ -231,10 +256,13 @@ class TokenSource:
             self._maps[shard] = np.frombuffer(mapped, self.dtype)
         return self._maps[shard], self._bases[block]
 
+    def _first_block(self, shard: int) -> int:
+        return int(np.searchsorted(self._blocks["shard"], shard))
+
     def _damaged(self, block: int, what: str) -> None:
-        shard = int(self._blocks["shard"][block])
-        first = int(np.searchsorted(self._blocks["shard"], shard))
-        raise DamagedData(f"{self._folder / self._shards[shard]}: block {block - first}: {what}")
+        name = self.block_name(block)
+        shard, _, number = name.rpartition(":")
+        raise DamagedBlock(f"{self._folder / shard}: block {number}: {what}", name)
 
     def _table(self, file: str, sha256: str) -> np.ndarray:
         path = self._folder / file

@@ -15,7 +15,7 @@ import numpy as np
 
 from megaboat.data.batch import Batch, assemble
 from megaboat.data.config import DataConfig
-from megaboat.data.dataset import Dataset
+from megaboat.data.dataset import DamagedBlock, Dataset
 from megaboat.data.ledger import step_crc
 from megaboat.data.plan import TRAIN, check_epochs, make_order, row_length
 from megaboat.errors import BadInput, DamagedData
@@ -23,6 +23,8 @@ from megaboat.log import get_logger
 
 STATE_FORMAT = "megaboat-data/1"
 PREFETCH = 4
+# A read that a disk does not answer must not keep the process from ending.
+CLOSE_SECONDS = 10.0
 # Places are worked out this many windows at a time: the permutations cost less by the thousand.
 LOOK_AHEAD = 1 << 14
 
@@ -134,8 +136,17 @@ class Loader:
     def _batches(self, first: int, low: int, high: int) -> Iterator[Batch]:
         reader = WindowReader(self.config, self.dataset, self.order.locate)
         while True:
-            yield reader.read(first + low, first + high, row_length(self.config, first))
+            try:
+                yield reader.read(first + low, first + high, row_length(self.config, first))
+            except DamagedBlock as damage:
+                raise self._with_remedy(damage, first) from None
             first += self.global_batch
+
+    def _with_remedy(self, damage: DamagedBlock, first: int) -> DamagedData:
+        if self.config.shuffle == "contiguous":
+            return DamagedData(f"{damage}; put the shard back as it was")
+        phase = f"{{from_window: {first}, exclude_blocks: ['{damage.block}']}}"
+        return DamagedData(f"{damage}; put the shard back as it was, or add to data.phases: {phase}")
 
 
 class WindowReader:
@@ -204,7 +215,7 @@ class _Prefetch:
         self._stop.set()
         while not self._queue.empty():
             self._queue.get_nowait()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def _fill(self, items: Iterator[Batch]) -> None:
         item: Batch | BaseException

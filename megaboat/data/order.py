@@ -47,19 +47,36 @@ class Stretch:
     slots: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Hole:
+    """Tokens [first, last) of source k that no window from `from_window` on touches."""
+
+    from_window: int
+    source: int
+    first: int
+    last: int
+
+
 class ShuffledOrder:
     """Windows of weighted sources, each source permuted afresh every epoch.
 
     sources: {name: tokens}; group_tokens: windows of that many neighbouring tokens come together, 0 for a full
-    shuffle. Raises BadInput for a source that is drawn from but shorter than two windows.
+    shuffle; holes: what is left out. Raises BadInput for a source that is drawn from but shorter than two windows, or
+    half of holes.
     """
 
     def __init__(
-        self, sources: dict[str, int], stretches: list[Stretch], window: int, seed: int, group_tokens: int = 0
+        self,
+        sources: dict[str, int],
+        stretches: list[Stretch],
+        window: int,
+        seed: int,
+        group_tokens: int = 0,
+        holes: tuple[Hole, ...] = (),
     ):
         self.names, self.window, self.seed = list(sources), window, seed
         self.group = group_tokens // window if group_tokens else 0
-        self.stretches = stretches
+        self.stretches, self.holes = stretches, holes
         # One window less than fit: borders move by up to a window from epoch to epoch, and targets need one more.
         self._epoch = np.array([tokens // window - 1 for tokens in sources.values()], np.int64)
         for k, name in enumerate(self.names):
@@ -74,6 +91,7 @@ class ShuffledOrder:
         self._slots = np.array([stretch.slots for stretch in stretches], np.int64)
         self._from = np.array([stretch.from_window for stretch in stretches], np.int64)
         self._cycles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._check_holes()
 
     def locate(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         source, ordinal = self._draw(windows)
@@ -84,6 +102,8 @@ class ShuffledOrder:
             label = f"{self.seed}:{self.names[k]}:{e}"
             place = self._shuffle(position[mine], int(self._epoch[k]), label)
             start[mine] = shift(label, self.window) + place * self.window
+            if self.holes:
+                start[mine] = self._around_holes(windows[mine], k, start[mine], label)
         return source, start
 
     def drawn(self, windows: int) -> list[int]:
@@ -104,6 +124,9 @@ class ShuffledOrder:
             "windows_per_epoch": self.windows_per_epoch(),
             "stretches": [[s.from_window, list(s.slots)] for s in used],
         }
+        holes = sorted([hole.from_window, hole.source, hole.first, hole.last] for hole in self.holes)
+        if holes := [hole for hole in holes if hole[0] < max(windows, 1)]:
+            plan["holes"] = holes
         return sha256_of_json(plan)
 
     def windows_per_epoch(self) -> list[int]:
@@ -136,6 +159,36 @@ class ShuffledOrder:
         rank[np.argsort(source, kind="stable")] = np.concatenate([np.arange(n) for n in slots])
         self._cycles = {cycle: (source, rank)}  # the one in use; another is 10 ms away
         return source, rank
+
+    def _check_holes(self) -> None:
+        for k, name in enumerate(self.names):
+            touching = sum((hole.last - hole.first) // self.window + 2 for hole in self.holes if hole.source == k)
+            if 2 * touching > self._epoch[k] and any(self._slots[:, k]) and touching:
+                raise BadInput(
+                    f"the excluded blocks of {name!r} leave less than half of its windows; leave {name!r} out of "
+                    "data.weights or prepare the data again"
+                )
+
+    def _around_holes(self, windows: np.ndarray, k: int, start: np.ndarray, label: str) -> np.ndarray:
+        """`start` (n,), but for windows that would touch a hole places elsewhere in the same epoch of source k.
+
+        Each of a series of permutations is asked in turn; as more than half of the places are sound, few are.
+        """
+        count, tries = int(self._epoch[k]), 0
+        lost = np.flatnonzero(self._touches_hole(windows, k, start))
+        while lost.size:
+            tries += 1
+            place = permute((start[lost] - shift(label, self.window)) // self.window, count, f"{label}:instead:{tries}")
+            start[lost] = shift(label, self.window) + place * self.window
+            lost = lost[self._touches_hole(windows[lost], k, start[lost])]
+        return start
+
+    def _touches_hole(self, windows: np.ndarray, k: int, start: np.ndarray) -> np.ndarray:
+        touches = np.zeros(len(windows), bool)
+        for hole in self.holes:
+            if hole.source == k:
+                touches |= (windows >= hole.from_window) & (start < hole.last) & (start + self.window >= hole.first)
+        return touches
 
     def _stretch_of(self, window: int) -> int:
         return int(np.searchsorted(self._from, window, side="right")) - 1

@@ -2,9 +2,9 @@
 
 import difflib
 
-from megaboat.data.config import DataConfig
+from megaboat.data.config import DataConfig, Phase
 from megaboat.data.dataset import Dataset
-from megaboat.data.order import CYCLE, ContiguousOrder, Order, ShuffledOrder, Stretch, slots_of
+from megaboat.data.order import CYCLE, ContiguousOrder, Hole, Order, ShuffledOrder, Stretch, slots_of
 from megaboat.data.shards import CHUNK_TOKENS
 from megaboat.errors import BadInput
 
@@ -23,14 +23,22 @@ def make_order(config: DataConfig, dataset: Dataset, global_batch: int) -> Order
         if len(names) != 1 or config.phases:
             raise BadInput(f"data.shuffle contiguous takes one source and no phases; {dataset.path} has {len(names)}")
         return ContiguousOrder(names[0], tokens[names[0]], config.seq_len, global_batch)
+    phases = [phase for phase in config.phases if not _only_excludes(phase)]
+    _check_borders(phases)
     stretches = [Stretch(0, _slots(config.weights, tokens))]
-    for phase in config.phases:
-        if phase.from_window % CYCLE or phase.from_window <= stretches[-1].from_window:
-            raise BadInput(f"data.phases: from_window {phase.from_window:,} must be a multiple of {CYCLE:,} and ascend")
+    for phase in phases:
         slots = stretches[-1].slots if phase.weights is None else _slots(phase.weights, tokens)
         stretches.append(Stretch(phase.from_window, slots))
     group = config.group_blocks * _BLOCK_TOKENS if config.shuffle == "grouped" else 0
-    return ShuffledOrder(tokens, stretches, config.seq_len, config.seed, group)
+    holes = tuple(
+        _hole(dataset, names, phase.from_window, block) for phase in config.phases for block in phase.exclude_blocks
+    )
+    return ShuffledOrder(tokens, stretches, config.seq_len, config.seed, group, holes)
+
+
+def excluded_blocks(config: DataConfig) -> set[str]:
+    """The blocks that some phase leaves out."""
+    return {block for phase in config.phases for block in phase.exclude_blocks}
 
 
 def row_length(config: DataConfig, window: int) -> int:
@@ -68,6 +76,28 @@ def _slots(weights: dict[str, float] | None, tokens: dict[str, int]) -> tuple[in
     if not sum(weights.values()) > 0:
         raise BadInput("data.weights: all weights are zero")
     return slots_of([weights.get(name, 0.0) for name in tokens])
+
+
+def _check_borders(phases: list[Phase]) -> None:
+    for before, now in zip([0, *(phase.from_window for phase in phases)], phases, strict=False):
+        if now.from_window % CYCLE or now.from_window <= before:
+            raise BadInput(f"data.phases: from_window {now.from_window:,} must be a multiple of {CYCLE:,} and ascend")
+
+
+def _only_excludes(phase: Phase) -> bool:
+    return bool(phase.exclude_blocks) and phase.weights is None and phase.row_len is None
+
+
+def _hole(dataset: Dataset, names: list[str], from_window: int, block: str) -> Hole:
+    """The tokens of a block that is written as in the message of its damage."""
+    for k, name in enumerate(names):
+        found = dataset.source(TRAIN, name).find_block(block)
+        if found is not None:
+            return Hole(from_window, k, *found)
+    raise BadInput(
+        f"data.phases: exclude_blocks {block!r}: {dataset.path} has no such training block; one is written as "
+        f"{dataset.source(TRAIN, names[0]).block_name(0)}"
+    )
 
 
 def _check_row_lengths(config: DataConfig) -> None:

@@ -10,6 +10,7 @@ from megaboat.config import dump_config
 from megaboat.data.dataset import Dataset, open_dataset
 from megaboat.data.ledger import Ledger
 from megaboat.data.loader import Loader
+from megaboat.data.plan import excluded_blocks
 from megaboat.engine.checkpoint import Checkpoint, find_checkpoint, load_weights
 from megaboat.engine.deepspeed import Engine, connect
 from megaboat.engine.evaluate import documents
@@ -94,7 +95,7 @@ def _on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:
 def _open_data(config: RunConfig) -> Dataset:
     if config.data.path is None:
         raise BadInput("data.path is not set: name the folder that `megaboat data prepare` wrote")
-    return open_dataset(config.data.path, config.data.verify)
+    return open_dataset(config.data.path, config.data.verify, excluded_blocks(config.data))
 
 
 def _with_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:

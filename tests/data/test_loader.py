@@ -18,6 +18,7 @@ from megaboat.data.loader import Loader, WindowReader
 from megaboat.data.order import CYCLE
 from megaboat.data.plan import make_order
 from megaboat.data.prepare import Request, prepare
+from megaboat.data.shards import TAR_RECORD
 from megaboat.data.spill import PrepareOptions
 from megaboat.errors import BadInput, DamagedData
 from megaboat.log import get_logger
@@ -260,6 +261,17 @@ def test_a_flipped_byte_stops_the_run_naming_shard_block_and_offset(dataset_fold
     with pytest.raises(DamagedData, match="wrong crc"):
         open_dataset(folder, verify="full")
     take(open_dataset(folder, verify="off"), config_of(), 5)
+
+
+def test_a_damaged_tar_header_harms_no_read(dataset: Dataset, dataset_folder: Path, tmp_path: Path) -> None:
+    """Headers are not read by mapping; `data verify` finds them, see test_verify."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(dataset_folder, folder)
+    for shard in folder.rglob("*.tar"):
+        shard.write_bytes(b"\xff" * TAR_RECORD + shard.read_bytes()[TAR_RECORD:])
+    for left, right in zip(take(open_dataset(folder), config_of(), 20), take(dataset, config_of(), 20), strict=True):
+        assert torch.equal(left.tokens_BT, right.tokens_BT)
+        assert torch.equal(left.cu_seqlens, right.cu_seqlens)
 
 
 def _read_steps(loader: Loader, steps: int) -> None:

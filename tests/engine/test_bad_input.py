@@ -4,15 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from megaboat.cli import main
+from megaboat.config import build_config
 from megaboat.data.prepare import Request, prepare
+from megaboat.data.spill import PrepareOptions
 from megaboat.data.train_tokenizer import train_tokenizer
+from megaboat.engine.run_config import RunConfig
 from tests.corpus import real_texts, write_jsonl
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import tiny_config, tiny_tree
-from tests.engine.runs import start_command, train_on_rank, write_config
+from tests.engine.runs import losses, start_command, train_on_rank, write_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
@@ -140,3 +145,40 @@ def test_a_flipped_byte_in_a_shard_stops_with_3(dataset_folder: Path, tmp_path: 
     line = next(line for line in messages.splitlines() if line.startswith("megaboat train: "))
     assert ".tar" in line
     assert "block 0" in line
+    assert "byte offset" in line
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "fatal"
+
+
+def test_training_goes_on_past_a_damaged_block_as_the_message_says(dataset_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    texts = write_jsonl(tmp_path / "texts.jsonl", real_texts(50, max_chars=6000))
+    options = PrepareOptions(block_tokens=5000, val_per_10k=0)
+    prepare(Request({"train": [texts]}, str(dataset_folder / "tokenizer.model"), tmp_path / "blocks", options))
+    shard = tmp_path / "blocks" / "train" / "lib-00000.tar"
+    blocks = np.load(tmp_path / "blocks" / "blocks-train-lib.npy")
+    content = bytearray(shard.read_bytes())
+    content[int(blocks["offset"][-1]) + 10] ^= 1
+    shard.write_bytes(content)
+    tree = tiny_tree(tmp_path / "blocks", out, train__steps=40, train__save_every=1, model__calibrate=False)
+    with pytest.raises(AssertionError, match="add to data.phases: ") as refusal:
+        run_on_ranks(train_on_rank, 2, build_config(RunConfig, tree, "the test"))
+    said = str(refusal.value)
+    assert f"{shard}: block {len(blocks) - 1}: wrong crc" in said
+    before = losses(out)
+    assert before, "the damage is not in the first batch"
+    phase = yaml.safe_load(said.partition("data.phases: ")[2].splitlines()[0])
+    assert phase["from_window"] == 4 * len(before)
+    tree["data"]["phases"] = [phase]
+    assert run_on_ranks(train_on_rank, 1, build_config(RunConfig, tree, "the test")) == [("done", 40)]
+    assert losses(out)[: len(before)] == before
+
+
+def test_a_missing_shard_stops_with_3_before_anything_is_written(
+    dataset_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(dataset_folder, tmp_path / "tokens"))
+    (copy / "train" / "lib-00000.tar").unlink()
+    config = write_config(tmp_path / "run.yaml", tiny_tree(copy, tmp_path / "run"))
+    message = refused(capsys, "train", str(config), code=3)
+    assert message == f"megaboat train: {copy}/train/lib-00000.tar: shard is missing; index.json names it"
+    assert not (tmp_path / "run").exists()
