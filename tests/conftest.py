@@ -7,6 +7,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=4, help="how often tests/engine/test_killed.py kills its run")
+
+
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
     """A command run inside a test may set variables (its rank, its port); the next test sees none of them."""

@@ -7,8 +7,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 from megaboat.engine.ranks import free_port
@@ -51,8 +54,26 @@ def _result(rank: int, receiver: Connection, deadline: float) -> Any:
     return value
 
 
-def _rank(function: Callable[..., Any], place: tuple[int, int, int, str], arguments: tuple, sender: Connection) -> None:
-    rank, size, port, extensions = place
+def start_commands(size: int, folder: Path, *arguments: str) -> list[ForkServerProcess]:
+    """`megaboat ARGUMENTS` as `size` ranks that the caller may kill; what they print goes to `folder/rank-N.log`."""
+    port = free_port()
+    places = [(rank, size, port, str(folder / "extensions")) for rank in range(size)]
+    processes = [_CONTEXT.Process(target=_command, args=(place, folder, arguments)) for place in places]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _command(place: tuple[int, int, int, str], folder: Path, arguments: tuple[str, ...]) -> None:
+    _take_place(*place)
+    from megaboat.cli import main
+
+    with (folder / f"rank-{place[0]}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        code = main(arguments)
+    raise SystemExit(code)
+
+
+def _take_place(rank: int, size: int, port: int, extensions: str) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -62,6 +83,10 @@ def _rank(function: Callable[..., Any], place: tuple[int, int, int, str], argume
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": extensions,
     }
+
+
+def _rank(function: Callable[..., Any], place: tuple[int, int, int, str], arguments: tuple, sender: Connection) -> None:
+    _take_place(*place)
     import torch
 
     from megaboat.engine.deepspeed import connect
