@@ -2,7 +2,12 @@
 
 from megaboat.kernels.attention import windowed_attention
 from megaboat.kernels.ema import ema
+from megaboat.kernels.gate import silu_gate
+from megaboat.kernels.join import join_rows
 from megaboat.kernels.loss import linear_cross_entropy, token_nll
+from megaboat.kernels.margin import margins
+from megaboat.kernels.norm import layer_norm
+from megaboat.kernels.rotary import rotary_heads
 from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, plan_rows
 
 __all__ = [
@@ -12,8 +17,13 @@ __all__ = [
     "compress",
     "ema",
     "extract",
+    "join_rows",
+    "layer_norm",
     "linear_cross_entropy",
+    "margins",
     "plan_rows",
+    "rotary_heads",
+    "silu_gate",
     "token_nll",
     "windowed_attention",
 ]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megaboat import kernels
+
 
 class Routing(NamedTuple):
     """The decisions of one layer over X tokens and M modules."""
@@ -19,7 +21,12 @@ class Routing(NamedTuple):
 
 
 class PreciseLinear(nn.Linear):
-    """A linear map that stays in fp32 in memory and in communication: mixed precision goes by class name."""
+    """Two logits a module, in fp32 in memory and in communication: mixed precision goes by class name."""
+
+    def forward(self, h_XD: Tensor, center_D: Tensor) -> Tensor:  # type: ignore[override]
+        """(X, M): each module's second logit minus its first, for the input less `center_D`."""
+        weight_M2D, bias_M2 = self.weight.unflatten(0, (-1, 2)), self.bias.unflatten(0, (-1, 2))
+        return kernels.margins(h_XD, center_D, weight_M2D[:, 1] - weight_M2D[:, 0], bias_M2[:, 1] - bias_M2[:, 0])
 
 
 class Configurator(nn.Module):
@@ -42,8 +49,7 @@ class Configurator(nn.Module):
     def forward(self, h_XD: Tensor, active_XM: Tensor | None = None) -> Routing:
         """Decide for each token, or keep the decisions `active_XM` (a recomputation must not flip them)."""
         with torch.autocast(h_XD.device.type, enabled=False):
-            u_XM2 = self.logits(h_XD.to(self.center_D.dtype) - self.center_D).unflatten(-1, (-1, 2))
-            margin_XM = u_XM2[..., 1] - u_XM2[..., 0]
+            margin_XM = self.logits(h_XD, self.center_D)
             if active_XM is None:
                 active_XM = margin_XM.detach() > 0
             confidence_XM = torch.sigmoid(margin_XM / self.log_temperature.exp()) * active_XM

@@ -1,7 +1,8 @@
 """SwiGLU feed-forward (Shazeer 2020): down( SiLU(gate x) * up x )."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from megaboat import kernels
 
 
 class FeedForward(nn.Module):
@@ -14,4 +15,4 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(kernels.silu_gate(self.gate(x), self.up(x)))

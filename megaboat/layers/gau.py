@@ -8,7 +8,6 @@ from megaboat import kernels
 from megaboat.kernels import ActiveRows
 from megaboat.layers.documents import Documents
 from megaboat.layers.memory import KeyRows, WorkingMemory
-from megaboat.layers.rotary import rotate
 
 
 class GatedAttentionUnit(nn.Module):
@@ -49,7 +48,7 @@ class GatedAttentionUnit(nn.Module):
         o_RE = kernels.windowed_attention(
             q_RGZ, k_KGZ, keys.v_KE, rows.cu_seqlens, cu_k, self.window, scale, rows.longest
         )
-        return self.o(o_RE * F.silu(self.r(h_RD)))
+        return self.o(kernels.silu_gate(self.r(h_RD), o_RE))
 
     def step(self, h_BD: Tensor, active_B: Tensor, positions_B: Tensor, memory: WorkingMemory) -> Tensor:
         """One token of each row against the ring, dense over B and of static shape; inactive rows' output is unused."""
@@ -65,11 +64,11 @@ class GatedAttentionUnit(nn.Module):
         weight_BGS = score_BGS.masked_fill(~visible_BS[:, None], -torch.inf).softmax(-1)
         v_BSGE = memory.v_BSE.to(weight_BGS.dtype).unflatten(-1, (q_BGZ.shape[1], -1))
         o_BE = torch.einsum("bgs,bsge->bge", weight_BGS, v_BSGE).flatten(1)
-        return self.o(o_BE * F.silu(self.r(h_BD)))
+        return self.o(kernels.silu_gate(self.r(h_BD), o_BE))
 
     def new_memory(self, rows: int, like: Tensor) -> WorkingMemory:
         return WorkingMemory(rows, self.window, self.qk_dim, self.value_dim, like)
 
     def _head(self, z_XZ: Tensor, scale_GZ: Tensor, bias_GZ: Tensor, positions_X: Tensor) -> Tensor:
         """(X, G, Z): queries or keys of each head, rotated."""
-        return rotate(z_XZ[:, None] * scale_GZ.to(z_XZ.dtype) + bias_GZ.to(z_XZ.dtype), positions_X, self.rope_base)
+        return kernels.rotary_heads(z_XZ, scale_GZ, bias_GZ, positions_X, self.rope_base)

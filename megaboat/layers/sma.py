@@ -44,15 +44,21 @@ class SparseModularActivation(nn.Module):
         docs: Documents,
         memories: Sequence[Any] | None = None,
         plans: Sequence[PendingRows] | None = None,
+        base_BTD: Tensor | None = None,
+        residual_BTD: Tensor | None = None,
     ) -> Tensor:
-        """y_BTD. Every module is called whatever the decisions are: ranks must agree on calls and collectives."""
+        """base + y, or y alone without a base; with a residual, SiLU(residual + that): (B, T, D).
+
+        Every module is called whatever the decisions are: ranks must agree on calls and collectives.
+        """
         h_XD = h_BTD.flatten(0, 1)
-        y_XD = torch.zeros_like(h_XD)
+        y_XD = torch.zeros_like(h_XD) if base_BTD is None else base_BTD.flatten(0, 1)
+        last = len(self.units) - 1
         for i, (unit, plan) in enumerate(zip(self.units, plans or self.plan(routing, docs), strict=True)):
             rows = plan.finish()
             out_RD = unit(kernels.compress(h_XD, rows), rows, docs, memories[i] if memories is not None else None)
-            confidence_R1 = kernels.compress(routing.confidence_XM[:, i, None], rows)
-            y_XD = y_XD + kernels.extract(out_RD * confidence_R1.to(out_RD.dtype), rows).to(y_XD.dtype)
+            residual_XD = residual_BTD.flatten(0, 1) if residual_BTD is not None and i == last else None
+            y_XD = kernels.join_rows(y_XD, out_RD, routing.confidence_XM[:, i], rows, residual_XD)
         return y_XD.view_as(h_BTD)
 
     def step(self, h_BD: Tensor, routing: Routing, positions_B: Tensor, memories: Sequence[Any]) -> Tensor:

@@ -57,18 +57,23 @@ class SeqBoatBlock(nn.Module):
         routing = self.sma.route(h_BTD, active_XM)
         # The linear map runs between the plan and its use, so that the host does not wait for the plan's sizes.
         plans = self.sma.plan(routing, docs)
-        y_BTD = self.linear(h_BTD)
-        y_BTD = y_BTD + self.sma(h_BTD, routing, docs, state.memories if state else None, plans)
+        base_BTD = self.linear(h_BTD)
+        memories = state.memories if state else None
+        if self.training and self.dropout.p > 0:
+            y_BTD = self.sma(h_BTD, routing, docs, memories, plans, base_BTD)
+            x_BTD = F.silu(self.dropout(y_BTD).to(x_BTD.dtype) + x_BTD)
+        else:
+            x_BTD = self.sma(h_BTD, routing, docs, memories, plans, base_BTD, residual_BTD=x_BTD)
         if state is not None:
             state.ema_BDN = ema_BDN
-        return self._join(x_BTD, y_BTD), routing
+        return self._feed_forward(x_BTD), routing
 
     def step(self, x_BD: Tensor, positions_B: Tensor, state: LayerState) -> tuple[Tensor, Routing]:
         """One token of each row: constant time and memory, no host synchronisation."""
         h_BD, state.ema_BDN = self.ema.step(self.norm(x_BD), state.ema_BDN)
         routing = self.sma.route(h_BD[:, None])
         y_BD = self.linear(h_BD) + self.sma.step(h_BD, routing, positions_B, state.memories)
-        return self._join(x_BD, y_BD), routing
+        return self._feed_forward(F.silu(y_BD.to(x_BD.dtype) + x_BD)), routing
 
     def new_state(self, rows: int, like: Tensor) -> LayerState:
         """The state before any token. `like` gives device and dtype of the memory; the EMA state is fp32 or fp64."""
@@ -76,8 +81,7 @@ class SeqBoatBlock(nn.Module):
         ema_BDN = self.ema.smoothing.new_zeros(rows, width, order)
         return LayerState(ema_BDN, [unit.new_memory(rows, like) for unit in self.sma.units])
 
-    def _join(self, x: Tensor, y: Tensor) -> Tensor:
-        x = F.silu(self.dropout(y).to(x.dtype) + x)
+    def _feed_forward(self, x: Tensor) -> Tensor:
         if self.ffn is None:
             return x
         return x + self.dropout(self.ffn(self.ffn_norm(x))).to(x.dtype)

@@ -11,11 +11,23 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_ema_triton.py", "test_gather_triton.py", "test_loss_triton.py"])
+@pytest.mark.parametrize(
+    "name", ["test_ema_triton.py", "test_gather_triton.py", "test_loss_triton.py", "test_fused_triton.py"]
+)
 def test_triton_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rN", "-p", "no:cacheprovider", "-m", "not gpu", str(HERE / name)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-rN",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not gpu",
+            str(HERE / f"test_{name}_triton.py"),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

@@ -37,27 +37,29 @@ def routed_layer(length: int) -> tuple[SparseModularActivation, Tensor, Document
 
 
 def test_gradient_of_logits_and_temperature_in_closed_form() -> None:
-    """dL/dU_1 = -dL/dU_0 = <dL/dG, A> c (1 - c) / tau where active, exactly 0 elsewhere;
+    """dL/dU_1 = -dL/dU_0 = <dL/dG, A> c (1 - c) / tau = dL/d(U_1 - U_0) where active, exactly 0 elsewhere;
     dL/dtheta = -sum <dL/dG, A> c (1 - c) (U_1 - U_0) / tau over active tokens."""
     sma, h_BTD, docs = routed_layer(40)
     seen: list[Tensor] = []
-    sma.configurator.logits.register_forward_hook(lambda _, __, u: seen.append(u) or u.retain_grad())
+    sma.configurator.logits.register_forward_hook(lambda _, __, margin: seen.append(margin) or margin.retain_grad())
     routing = sma.route(h_BTD)
     dG_XD = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     (sma(h_BTD, routing, docs)[0] * dG_XD).sum().backward()
-    u_XM2, du_XM2 = seen[0].detach().unflatten(-1, (2, 2)), seen[0].grad.unflatten(-1, (2, 2))
+    margin_XM, dmargin_XM = seen[0].detach(), seen[0].grad
+    dbias_M2 = sma.configurator.logits.bias.grad.unflatten(0, (2, 2))
     tau_M = sma.configurator.log_temperature.detach().exp()
     for i, unit in enumerate(sma.units):
         active_X = routing.active_XM[:, i]
         rows = plan_rows(active_X, docs.cu_seqlens)
         a_XD = torch.zeros_like(dG_XD)
         a_XD[active_X] = unit(h_BTD[0, active_X], rows, docs).detach()
-        margin_X = u_XM2[:, i, 1] - u_XM2[:, i, 0]
+        margin_X = margin_XM[:, i]
         c_X = torch.sigmoid(margin_X / tau_M[i])
         per_logit_X = (dG_XD * a_XD).sum(-1) * c_X * (1 - c_X) / tau_M[i]
-        torch.testing.assert_close(du_XM2[:, i, 1], per_logit_X * active_X, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(du_XM2[:, i, 0], -per_logit_X * active_X, rtol=1e-10, atol=1e-12)
-        assert du_XM2[~active_X, i].count_nonzero() == 0
+        torch.testing.assert_close(dmargin_XM[:, i], per_logit_X * active_X, rtol=1e-10, atol=1e-12)
+        assert dmargin_XM[~active_X, i].count_nonzero() == 0
+        total = per_logit_X[active_X].sum()
+        torch.testing.assert_close(dbias_M2[i], torch.stack([-total, total]), rtol=1e-10, atol=1e-12)
         assert 0 < active_X.float().mean() < 1
         dtheta = -(per_logit_X * margin_X)[active_X].sum()
         torch.testing.assert_close(sma.configurator.log_temperature.grad[i], dtheta, rtol=1e-10, atol=1e-12)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaboat.layers.rotary import rotate
+from megaboat.kernels.rotary import rotate
 from tests.layers.naive import rotary
 
 

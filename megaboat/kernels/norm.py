@@ -1,0 +1,16 @@
+"""Layer normalisation: fp32 inside, the input's dtype outside."""
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5
+
+
+def layer_norm(x: Tensor, weight_D: Tensor | None = None, bias_D: Tensor | None = None, eps: float = EPS) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the last dimension, then scale and shift where given; the dtype of x."""
+    if x.is_cuda and x.dtype != torch.float64:
+        from megaboat.kernels.norm_triton import layer_norm_triton
+
+        return layer_norm_triton(x, weight_D, bias_D, eps)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return torch.nn.functional.layer_norm(x.to(precise), x.shape[-1:], weight_D, bias_D, eps).to(x.dtype)

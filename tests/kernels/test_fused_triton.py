@@ -1,0 +1,123 @@
+"""The fused passes around the matrix products: on a GPU, and on any CPU through Triton's interpreter."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaboat.kernels.join import join_rows
+from megaboat.kernels.norm import layer_norm
+from megaboat.kernels.rotary import frequencies, rotary_heads
+from megaboat.kernels.rows import plan_rows
+from tests.kernels.checks import FLOOR, assert_as_exact_as_torch, outputs_and_gradients
+from tests.kernels.test_ema_triton import DEVICES
+
+gate_triton = pytest.importorskip("megaboat.kernels.gate_triton", reason="triton is not installed")
+from megaboat.kernels import join_triton, margin_triton, norm_triton, rotary_triton  # noqa: E402
+
+Function = Callable[..., Tensor]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a program takes several rows, and a last one fewer."""
+    for module in (norm_triton, margin_triton):
+        monkeypatch.setattr(module, "PROGRAMS", 7)
+
+
+def check(
+    fused: Function, plain: Function, inputs: dict[str, Tensor], dtype: torch.dtype, device: str, wide: frozenset[str]
+) -> None:
+    """Outputs and all gradients against fp64, with at most twice the error of plain torch in the same precision."""
+    # What both precisions are given is the same: rounding of the inputs is nobody's error.
+    inputs = {k: v if k in wide else v.to(dtype).double() for k, v in inputs.items()}
+    truth = outputs_and_gradients(plain, inputs, [cotangent := torch.randn_like(plain(**inputs))])
+    torchs = outputs_and_gradients(plain, inputs, [cotangent], dtype, keep_fp32=wide)
+    mine = outputs_and_gradients(fused, inputs, [cotangent], dtype, device, keep_fp32=wide)
+    # One rounding of bf16, which the interpreter cuts off instead of rounding.
+    assert_as_exact_as_torch(mine, torchs, truth, 2.0**-7 if dtype == torch.bfloat16 else 4 * FLOOR)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("X", "D"), [(1, 3), (40, 8), (5, 2000), (0, 4)])
+def test_layer_norm(X: int, D: int, dtype: torch.dtype, device: str) -> None:
+    inputs = {"x": random(X, D) + 3, "weight": random(D), "bias": random(D)}
+    wide = frozenset({"weight", "bias"})
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return norm_triton.layer_norm_triton(x, weight, bias, 1e-5)
+
+    check(fused, lambda x, weight, bias: layer_norm(x, weight, bias), inputs, dtype, device, wide)
+    if dtype == torch.float32:
+        check(lambda x: norm_triton.layer_norm_triton(x, None, None, 1e-5), layer_norm, {"x": random(2, X, D)}, dtype,
+              device, frozenset())  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("X", "D", "M"), [(1, 3, 1), (40, 40, 3), (5, 2000, 2), (0, 4, 1)])
+def test_margins(X: int, D: int, M: int, dtype: torch.dtype, device: str) -> None:
+    center_D = random(D).float()
+    inputs = {"h": random(X, D), "weight": random(M, D), "bias": random(M)}
+
+    def fused(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return margin_triton.margins_triton(h, center_D.to(h.device), weight, bias)
+
+    def plain(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.nn.functional.linear(h.to(weight.dtype) - center_D.to(weight.dtype), weight, bias)
+
+    check(fused, plain, inputs, dtype, device, frozenset({"weight", "bias"}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 5000])
+def test_silu_gate(size: int, dtype: torch.dtype, device: str) -> None:
+    inputs = {"a": 3 * random(size), "b": random(size)}
+    check(gate_triton.silu_gate_triton, lambda a, b: torch.nn.functional.silu(a) * b, inputs, dtype, device,
+          frozenset())  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("R", "G", "Z"), [(1, 1, 2), (70, 3, 12), (33, 1, 128), (0, 2, 4)])
+def test_rotary_heads(R: int, G: int, Z: int, dtype: torch.dtype, device: str) -> None:
+    positions_R = torch.randint(1_000_000, (R,))
+    inputs = {"z": random(R, Z), "scale": random(G, Z), "bias": random(G, Z)}
+
+    def fused(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return rotary_triton.rotary_heads_triton(z, scale, bias, positions_R.to(z.device), frequencies(z, 1e4))
+
+    def plain(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return rotary_heads(z, scale, bias, positions_R, 1e4)
+
+    check(fused, plain, inputs, dtype, device, frozenset({"scale", "bias"}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("ratio", "capacity"), [(0.0, None), (0.4, None), (1.0, None), (0.4, 20), (0.2, 40)])
+def test_join_rows(ratio: float, capacity: int | None, residual: bool, dtype: torch.dtype, device: str) -> None:
+    X, D = 50, 70
+    active_X, cu = torch.rand(X) < ratio, torch.tensor([0, 13, 50], dtype=torch.int32)
+    here = plan_rows(active_X, cu, capacity)
+    there = plan_rows(active_X.to(device), cu.to(device), capacity)
+    inputs = {"base": random(X, D), "y": random(here.count, D), "confidence": torch.rand(X, dtype=torch.float64)}
+    if residual:
+        inputs["residual"] = random(X, D)
+
+    def fused(base: Tensor, y: Tensor, confidence: Tensor, residual: Tensor | None = None) -> Tensor:
+        return join_triton.join_rows_triton(base, y, confidence, there, residual)
+
+    def plain(base: Tensor, y: Tensor, confidence: Tensor, residual: Tensor | None = None) -> Tensor:
+        return join_rows(base, y, confidence, here, residual)
+
+    check(fused, plain, inputs, dtype, device, frozenset({"confidence"}))
