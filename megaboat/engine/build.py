@@ -22,6 +22,7 @@ from megaboat.engine.trainer import Trainer
 from megaboat.errors import BadInput
 from megaboat.log import get_logger, setup_logging
 from megaboat.model.build import LanguageModel, build_model
+from megaboat.model.llama import Llama
 from megaboat.model.seqboat import SeqBoat
 
 # Documents lean one way as a whole in deep layers: with fewer rows than this, other text starts outside 0.4 to 0.6.
@@ -63,6 +64,8 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
         load_weights(model, checkpoint.model(), str(checkpoint.folder))
     model.checkpoint_activations = config.train.checkpoint_activations
     model.to(ranks.device)
+    if isinstance(model, Llama) and ranks.device.type == "cuda" and config.parallel.zero < 3:
+        model.compile_layers()
     if checkpoint is None:
         _calibrate(model, config, dataset, ranks)
     engine = Engine(model, config, ranks)

@@ -4,6 +4,8 @@ Gradients of the weights are summed over the rows of each program in registers a
 they are deterministic.
 """
 
+# mypy: ignore-errors
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ def margins_triton(h_XD: Tensor, center_D: Tensor, weight_MD: Tensor, bias_M: Te
 
 class _Margins(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_XD, center_D, weight_MD, bias_M):  # type: ignore[no-untyped-def]
+    def forward(ctx, h_XD, center_D, weight_MD, bias_M):
         h_XD = h_XD.contiguous()
         (X, D), M = h_XD.shape, len(bias_M)
         weight_MD = weight_MD.contiguous()
@@ -30,7 +32,7 @@ class _Margins(torch.autograd.Function):
         return margin_XM
 
     @staticmethod
-    def backward(ctx, dmargin_XM):  # type: ignore[no-untyped-def]
+    def backward(ctx, dmargin_XM):
         h_XD, center_D, weight_MD = ctx.saved_tensors
         (X, D), M = h_XD.shape, len(weight_MD)
         dh_XD = torch.empty_like(h_XD)
@@ -46,7 +48,7 @@ class _Margins(torch.autograd.Function):
 
 
 @triton.jit
-def margin_fwd_kernel(h, center, weight, bias, margin, D, M: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+def margin_fwd_kernel(h, center, weight, bias, margin, D, M: tl.constexpr, BD: tl.constexpr):
     i_x = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -58,7 +60,7 @@ def margin_fwd_kernel(h, center, weight, bias, margin, D, M: tl.constexpr, BD: t
 
 
 @triton.jit
-def margin_bwd_kernel(h, center, weight, dmargin, dh, partial, X, D, M: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+def margin_bwd_kernel(h, center, weight, dmargin, dh, partial, X, D, M: tl.constexpr, BD: tl.constexpr):
     i_p = tl.program_id(0).to(tl.int64)  # so that i_x is too
     o_d = tl.arange(0, BD)
     m_d = o_d < D
