@@ -1,10 +1,11 @@
-"""Measure beside a named peer: `bench data` the way from shards to batches, `bench kernels` the kernels of this GPU."""
+"""Measure beside a named peer: `bench data` the way from shards to batches, `bench kernels` the kernels of this GPU,
+`bench train` whole steps."""
 
 import argparse
 
-from megaboat.tools import bench_data, bench_kernels
+from megaboat.tools import bench_data, bench_kernels, bench_train
 
-BENCHES = {"data": bench_data, "kernels": bench_kernels}
+BENCHES = {"data": bench_data, "kernels": bench_kernels, "train": bench_train}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

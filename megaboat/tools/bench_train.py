@@ -1,0 +1,321 @@
+"""How fast is a training step on this GPU, beside a dense Llama of the same size on the same rows.
+
+Whole steps of the real engine: forward, backward, clipping, AdamW. SeqBoat's activation is forced: `random` activates
+each token by itself with the given probability, `runs` in stretches of 64 tokens on average. A micro-batch that does
+not fit is halved, and where not even one row fits, activations are recomputed; the table says so. Every row is
+measured, none is extrapolated. The model is first compared with fp64 on the same device; if it is wrong nothing is
+timed.
+
+example:
+  megaboat bench train --lengths 8192,32768 --json train.json
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megaboat.data.config import DataConfig
+from megaboat.engine.deepspeed import Engine, connect
+from megaboat.engine.ranks import Ranks, this_process
+from megaboat.engine.run_config import ParallelConfig, RunConfig, TrainConfig
+from megaboat.errors import BadInput, MegaboatError
+from megaboat.layers.configurator import Configurator
+from megaboat.layers.documents import Documents
+from megaboat.model.build import LanguageModel, build_model
+from megaboat.model.config import LlamaConfig, SeqBoatConfig
+from megaboat.model.flops import count_work, forward_flops, llama_flops, peak_flops
+from megaboat.model.seqboat import SeqBoat
+
+RUN_LENGTH = 64
+WARM_UP = 2
+
+Config = SeqBoatConfig | LlamaConfig
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is compared. The defaults are models of 1.02, 1.09 and 1.06 B parameters."""
+
+    families: dict[str, Config] = dataclasses.field(
+        default_factory=lambda: {
+            "llama": LlamaConfig(family="llama", vocab_size=32_000, layers=18, width=2048, heads=16, ffn_dim=5632),
+            "seqboat": SeqBoatConfig(block="paper", vocab_size=32_000, layers=32, width=2048),
+            "scaled": SeqBoatConfig(block="scaled", vocab_size=32_000, layers=20, width=2048),
+        }
+    )
+    lengths: tuple[int, ...] = (2_048, 8_192, 32_768, 131_072)
+    ratios: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
+    patterns: tuple[str, ...] = ("random", "runs")
+    tokens: int = 65_536
+    """Tokens a step; a longer row is a step by itself."""
+    steps: int = 5
+    precision: str = "bf16"
+    zero: int = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table."""
+
+    family: str
+    length: int
+    activation: float | None
+    pattern: str | None
+    micro_batch: int
+    recomputed: bool
+    tokens_per_second: float
+    spread: float
+    """Half the distance between the slowest and the fastest step, over the median."""
+    peak_gb: float
+    mfu: float | None
+    """Useful work, activated rows only, over the device's peak; None where that is unknown."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    names = list(Sizes().families)
+    parser.add_argument("--families", default=",".join(names), help=f"default: {','.join(names)}")
+    parser.add_argument("--lengths", default="2048,8192,32768,131072", help="tokens a row; default: %(default)s")
+    parser.add_argument("--ratios", default="1.0,0.5,0.25,0.125", help="activation ratios; default: %(default)s")
+    parser.add_argument("--patterns", default="random,runs", help="of forced activation; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each row; default: %(default)s")
+    parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2), help="DeepSpeed's stage; default: 1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check, time, print."""
+    if not torch.cuda.is_available():
+        raise BadInput("bench train needs a CUDA device")
+    sizes = _sizes(arguments)
+    rows = []
+    ranks = this_process()
+    connect(ranks)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n\n{HEADER}")
+    for row in compare(sizes, ranks):
+        rows.append(row)
+        print(line(row, rows), flush=True)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+
+
+def _sizes(arguments: argparse.Namespace) -> Sizes:
+    known, wanted = Sizes().families, arguments.families.split(",")
+    if unknown := set(wanted) - set(known):
+        raise BadInput(f"--families: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if unknown := set(arguments.patterns.split(",")) - set(Sizes().patterns):
+        raise BadInput(f"--patterns: no {', '.join(sorted(unknown))}; there are {', '.join(Sizes().patterns)}")
+    try:
+        lengths = tuple(int(text) for text in arguments.lengths.split(","))
+        ratios = tuple(float(text) for text in arguments.ratios.split(","))
+    except ValueError as error:
+        raise BadInput(f"--lengths and --ratios take numbers with commas between: {error}") from None
+    return Sizes(
+        families={name: known[name] for name in known if name in wanted},
+        lengths=lengths,
+        ratios=ratios,
+        patterns=tuple(arguments.patterns.split(",")),
+        steps=arguments.steps,
+        zero=arguments.zero,
+    )
+
+
+HEADER = (
+    f"{'model':<9}{'tokens a row':>13}{'active':>8}{'pattern':>9}{'rows':>6}{'recomputed':>12}"
+    f"{'tokens/s':>11}{'+-':>6}{'x Llama':>9}{'peak GB':>9}{'MFU':>7}"
+)
+
+
+def line(row: Row, before: Sequence[Row]) -> str:
+    """The row as text; its speed over Llama's at the same length where `before` has that."""
+    peers = [other for other in before if other.family == "llama" and other.length == row.length]
+    ratio = f"{row.tokens_per_second / peers[0].tokens_per_second:.2f}" if peers else ""
+    active = "" if row.activation is None else f"{row.activation:.3f}"
+    mfu = "n/a" if row.mfu is None else f"{row.mfu:.1%}"
+    return (
+        f"{row.family:<9}{row.length:>13,}{active:>8}{row.pattern or '':>9}{row.micro_batch:>6}"
+        f"{'yes' if row.recomputed else 'no':>12}{row.tokens_per_second:>11,.0f}{row.spread:>6.1%}{ratio:>9}"
+        f"{row.peak_gb:>9.1f}{mfu:>7}"
+    )
+
+
+def compare(sizes: Sizes, ranks: Ranks) -> Iterator[Row]:
+    """The rows as they are measured. Raises MegaboatError when the model is wrong on this device."""
+    check(ranks.device, sizes.precision)
+    for length in sizes.lengths:
+        for name, model in sizes.families.items():
+            yield from _family(name, model, length, sizes, ranks)
+
+
+def _family(name: str, model: Config, length: int, sizes: Sizes, ranks: Ranks) -> Iterator[Row]:
+    """All activations of one model at one length, each with the largest micro-batch that fits."""
+    cases = [(None, None)] if isinstance(model, LlamaConfig) else [
+        (ratio, pattern)
+        for ratio in sizes.ratios
+        for pattern in (sizes.patterns if ratio < 1 else sizes.patterns[:1])
+    ]  # fmt: skip
+    rows = max(1, sizes.tokens // length)
+    micro_batches = [rows >> i for i in range(rows.bit_length())]
+    attempts = [(micro, again) for again in (False, True) for micro in micro_batches]
+    for ratio, pattern in cases:
+        while True:
+            try:
+                row = _measure(name, model, length, ratio, pattern, attempts[0], sizes, ranks)
+                break
+            except torch.OutOfMemoryError:
+                attempts.pop(0)
+            _free()
+            if not attempts:
+                raise MegaboatError(f"{name} at {length:,} tokens does not fit, even one row with recomputation")
+        yield row
+        _free()
+
+
+def _measure(
+    name: str,
+    model_config: Config,
+    length: int,
+    ratio: float | None,
+    pattern: str | None,
+    attempt: tuple[int, bool],
+    sizes: Sizes,
+    ranks: Ranks,
+) -> Row:
+    micro_batch, recomputed = attempt
+    rows = max(1, sizes.tokens // length)
+    config = RunConfig(
+        model=model_config,
+        data=DataConfig(seq_len=length),
+        train=TrainConfig(
+            global_batch=rows, micro_batch=micro_batch, precision=sizes.precision, checkpoint_activations=recomputed
+        ),
+        parallel=ParallelConfig(zero=sizes.zero),
+    )
+    with ranks.device:
+        model = build_model(model_config, 0)
+    model.checkpoint_activations = recomputed
+    if not isinstance(model, SeqBoat) and ranks.device.type == "cuda":
+        model.compile_layers()
+    with forced(model, micro_batch * length, ratio, pattern, ranks.device):
+        engine = Engine(model, config, ranks)
+        engine.train()
+        for _ in range(WARM_UP):
+            _step(engine, config, ranks)
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(sizes.steps):
+            begin = time.perf_counter()
+            flops, activation = _step(engine, config, ranks)
+            seconds.append(time.perf_counter() - begin)
+    median = statistics.median(seconds)
+    peak = peak_flops(ranks.device)
+    return Row(
+        name,
+        length,
+        activation,
+        pattern,
+        micro_batch,
+        recomputed,
+        rows * length / median,
+        (max(seconds) - min(seconds)) / 2 / median,
+        torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0,
+        flops / median / peak if peak else None,
+    )
+
+
+def _step(engine: Engine, config: RunConfig, ranks: Ranks) -> tuple[float, float | None]:
+    """One optimizer step on random tokens. Returns its useful operations and the mean activation."""
+    rows, micro_batch, length = config.train.global_batch, config.train.micro_batch, config.data.seq_len
+    docs = Documents.whole(micro_batch, length, ranks.device)
+    flops, ratios = 0.0, []
+    for i in range(rows // micro_batch):
+        if i:
+            engine.next_micro_batch()
+        tokens_BT = torch.randint(config.model.vocab_size or 0, (micro_batch, length + 1), device=ranks.device)
+        output = engine(tokens_BT[:, :-1], docs, tokens_BT[:, 1:].contiguous())
+        engine.backward(output.nll / (rows * length))
+        if isinstance(config.model, LlamaConfig):
+            flops += 3 * llama_flops(config.model, micro_batch * length, length)
+            continue
+        active_LXM = torch.stack([routing.active_XM for routing in output.routings])
+        work = count_work(active_LXM, docs.cu_seqlens, config.model.window)
+        flops += 3 * forward_flops(config.model, micro_batch * length, work)
+        ratios.append(active_LXM.float().mean())
+    engine.step(1e-6)
+    return flops, float(torch.stack(ratios).mean()) if ratios else None
+
+
+@contextmanager
+def forced(
+    model: LanguageModel, tokens: int, ratio: float | None, pattern: str | None, device: torch.device
+) -> Iterator[None]:
+    """Every configurator of `model` is given its decisions, others in each layer; None: it decides itself."""
+    if ratio is None:
+        yield
+        return
+    hooks = []
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, Configurator):
+            modules = len(module.log_temperature)
+            columns = [_decisions(tokens, ratio, pattern, generator) for _ in range(modules)]
+            active_XM = torch.stack(columns, 1).to(device)
+            hooks.append(module.register_forward_pre_hook(lambda _, args, active=active_XM: (args[0], active)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _decisions(tokens: int, ratio: float, pattern: str | None, generator: torch.Generator) -> Tensor:
+    """bool (tokens,): each token by itself, or in runs whose lengths are geometric with a mean of RUN_LENGTH."""
+    if pattern == "random" or ratio == 1:
+        return torch.rand(tokens, generator=generator) < ratio
+    count = 2 * tokens // RUN_LENGTH + 64
+    on, off = RUN_LENGTH, RUN_LENGTH * (1 - ratio) / ratio
+    means = torch.tensor([on, off]).repeat(count)
+    lengths = (-means * torch.rand(2 * count, generator=generator).log()).ceil().long().clamp_min(1)
+    values = torch.tensor([True, False]).repeat(count)
+    runs = values.repeat_interleave(lengths)
+    return runs.roll(int(torch.randint(RUN_LENGTH, (1,), generator=generator)))[:tokens]
+
+
+def check(device: torch.device, precision: str) -> None:
+    """Loss and gradients of a small model in the precision that is timed, against fp64 with the same decisions."""
+    config = SeqBoatConfig(block="scaled", vocab_size=500, layers=2, width=128, window=40)
+    tokens_BT = torch.randint(500, (2, 301), generator=torch.Generator().manual_seed(0)).to(device)
+    docs = Documents.whole(2, 300, device)
+    results = []
+    for wide in (False, True):
+        model = build_model(config, 0).to(device)
+        if wide:
+            model.double()
+        enabled = precision == "bf16" and not wide
+        with forced(model, 600, 0.4, "random", device), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            nll = model(tokens_BT[:, :-1], docs, tokens_BT[:, 1:].contiguous()).nll
+        nll.backward()
+        gradients = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+        results.append((float(nll.detach()), torch.cat(gradients)))
+    (nll, gradient), (true_nll, truth) = results
+    errors = abs(nll / true_nll - 1), float((gradient - truth).norm() / truth.norm())
+    allowed = (1e-3, 3e-2) if precision == "bf16" else (1e-5, 1e-4)
+    if not all(error <= most for error, most in zip(errors, allowed, strict=True)):
+        raise MegaboatError(f"the model is wrong: loss off by {errors[0]:.1e}, gradient by {errors[1]:.1e}; not timed")
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,78 @@
+"""`bench train` on a CPU at toy size: every row by the real engine, and none of a model that is wrong."""
+
+import pytest
+import torch
+
+from megaboat.engine.ranks import Ranks
+from megaboat.errors import BadInput, MegaboatError
+from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.model.config import LlamaConfig, SeqBoatConfig
+from megaboat.tools import bench_train
+from megaboat.tools.bench_train import Row, Sizes, _decisions, check, compare, line
+from tests.distributed import run_on_ranks
+
+TOY = Sizes(
+    families={
+        "llama": LlamaConfig(family="llama", vocab_size=64, layers=1, width=16, heads=2),
+        "seqboat": SeqBoatConfig(block="paper", vocab_size=64, layers=2, width=16, qk_dim=8, window=4),
+    },
+    lengths=(32,),
+    ratios=(1.0, 0.25),
+    tokens=64,
+    steps=2,
+    precision="fp32",
+)
+
+
+def measured(ranks: Ranks, limit: int) -> list[Row]:
+    """The toy comparison; a micro-batch over `limit` rows is said not to fit."""
+    measure = bench_train._measure
+
+    def with_little_memory(*args: object) -> Row:
+        if args[5][0] > limit:
+            raise torch.OutOfMemoryError("no room")
+        return measure(*args)
+
+    bench_train._measure = with_little_memory
+    try:
+        return list(compare(TOY, ranks))
+    finally:
+        bench_train._measure = measure
+
+
+@pytest.mark.parametrize("limit", [2, 1], ids=["fits", "halved"])
+def test_every_row_is_measured(limit: int) -> None:
+    rows = run_on_ranks(measured, 1, limit)[0]
+    kinds = [(row.family, row.pattern) for row in rows]
+    assert kinds == [("llama", None), ("seqboat", "random"), ("seqboat", "random"), ("seqboat", "runs")]
+    assert [row.micro_batch for row in rows] == [limit] * 4
+    assert rows[1].activation == 1
+    assert 0.1 < rows[2].activation < 0.4
+    assert all(row.tokens_per_second > 0 and row.mfu is None and not row.recomputed for row in rows)
+    assert "x Llama" in bench_train.HEADER
+    assert line(rows[0], rows).split()[-3] == "1.00"
+
+
+def test_runs_have_the_ratio_and_the_length_that_they_say() -> None:
+    active_X = _decisions(200_000, 0.25, "runs", torch.Generator().manual_seed(1))
+    assert float(active_X.float().mean()) == pytest.approx(0.25, abs=0.02)
+    starts = (active_X[1:] & ~active_X[:-1]).sum() + active_X[0]
+    assert float(active_X.sum() / starts) == pytest.approx(64, rel=0.1)
+
+
+def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(torch.device("cpu"), "fp32")
+    right = GatedAttentionUnit.forward
+    monkeypatch.setattr(
+        GatedAttentionUnit,
+        "forward",
+        lambda self, h, *rest: right(self, h, *rest) * (1.1 if h.dtype == torch.float32 else 1),
+    )
+    with pytest.raises(MegaboatError, match="wrong"):
+        check(torch.device("cpu"), "fp32")
+
+
+def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="CUDA"):
+        bench_train.run(None)  # type: ignore[arg-type]
