@@ -1,6 +1,7 @@
 """From a config to a trainer: open the data, build or restore the model, start DeepSpeed."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from megaboat.engine.checkpoint import Checkpoint, find_checkpoint, load_weights
 from megaboat.engine.deepspeed import Engine, connect
 from megaboat.engine.evaluate import documents
 from megaboat.engine.fence import take_fence
-from megaboat.engine.hooks import Hook, JsonLines, Pictures, ProgressBar, TensorBoard
+from megaboat.engine.hooks import Hook, JsonLines, Pictures, ProgressBar, ProgressLines, TensorBoard
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.trainer import Trainer
@@ -166,7 +167,8 @@ def _write_run_folder(config: RunConfig, dataset: Dataset, checkpoint: Checkpoin
 def _hooks(config: RunConfig, ranks: Ranks, pictures: Pictures | None) -> list[Hook]:
     if not ranks.is_first:
         return []
-    hooks: list[Hook] = [ProgressBar(), JsonLines(config.train.out)]
+    progress = ProgressBar() if sys.stderr.isatty() else ProgressLines()
+    hooks: list[Hook] = [progress, JsonLines(config.train.out)]
     if config.train.tensorboard:
         hooks.append(TensorBoard(config.train.out / "tensorboard", pictures))
     return hooks

@@ -1,8 +1,9 @@
-"""What hangs on the training loop without being training: progress bar, metrics file, TensorBoard. Rank 0 only."""
+"""What hangs on the training loop without being training: progress, metrics file, TensorBoard. Rank 0 only."""
 
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,21 +42,37 @@ class ProgressBar(Hook):
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def on_step(self, metrics: Metrics) -> None:
-        shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": _thousands(metrics["tokens_per_second"])}
-        if metrics["activation_ratio"]:
-            shown["active"] = f"{sum(metrics['activation_ratio']) / len(metrics['activation_ratio']):.2f}"
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix(_shown(metrics), refresh=False)
         self._bar.update()
 
     def on_evaluation(self, step: int, result: Metrics) -> None:
-        overall = result["overall"]
-        tqdm.write(
-            f"step {step}: held out {overall['bits_per_byte']:.4f} bits per byte, nll {overall['nll']:.4f}",
-            file=sys.stderr,
-        )
+        tqdm.write(_held_out(step, result), file=sys.stderr)
 
     def on_end(self) -> None:
         self._bar.close()
+
+
+class ProgressLines(Hook):
+    """The same for a log file, where a bar would be one endless line: a line now and then, and one at the end."""
+
+    def __init__(self, seconds: float = 15.0) -> None:
+        self._seconds = seconds
+
+    def on_start(self, step: int, steps: int) -> None:
+        self._first, self._steps = step, steps
+        self._started = self._said = time.monotonic()
+
+    def on_step(self, metrics: Metrics) -> None:
+        step, now = metrics["step"], time.monotonic()
+        if now - self._said < self._seconds and step < self._steps:
+            return
+        self._said = now
+        left = (now - self._started) / (step - self._first) * (self._steps - step)
+        shown = ", ".join(f"{name} {value}" for name, value in _shown(metrics).items())
+        get_logger().info("step %d of %d, %s left: %s", step, self._steps, tqdm.format_interval(left), shown)
+
+    def on_evaluation(self, step: int, result: Metrics) -> None:
+        get_logger().info(_held_out(step, result))
 
 
 class JsonLines(Hook):
@@ -135,6 +152,18 @@ def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return path.read_text(errors="replace").split("\n")[:-1]
+
+
+def _shown(metrics: Metrics) -> dict[str, str]:
+    shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": _thousands(metrics["tokens_per_second"])}
+    if metrics["activation_ratio"]:
+        shown["active"] = f"{sum(metrics['activation_ratio']) / len(metrics['activation_ratio']):.2f}"
+    return shown
+
+
+def _held_out(step: int, result: Metrics) -> str:
+    overall = result["overall"]
+    return f"step {step}: held out {overall['bits_per_byte']:.4f} bits per byte, nll {overall['nll']:.4f}"
 
 
 def _thousands(value: float) -> str:
