@@ -98,7 +98,7 @@ def _locate(kind: type[Section], location: list[str]) -> tuple[str, type[Section
         part, *location = location
         key.append(part)
         field = kind.model_fields.get(part)
-        sections = _sections(field.annotation) if field and location else {}
+        sections = sections_of(field.annotation) if field and location else {}
         if None in sections:
             kind = sections[None]
         elif sections:
@@ -106,7 +106,7 @@ def _locate(kind: type[Section], location: list[str]) -> tuple[str, type[Section
     return ".".join(key), kind
 
 
-def _sections(annotation: Any) -> dict[str | None, type[Section]]:
+def sections_of(annotation: Any) -> dict[str | None, type[Section]]:
     """The sections that a field may hold: under None if there is one, else under the tags of the union."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return {None: annotation}

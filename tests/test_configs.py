@@ -1,12 +1,15 @@
 """Every shipped configuration loads, and a wrong key, type or value is refused in one line."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
 from megaboat.cli import main
 from megaboat.config import Section, build_config, dump_config, load_config
+from megaboat.config_keys import describe_keys
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
 
@@ -78,6 +81,32 @@ def test_options_stay_few() -> None:
     from megaboat.model.config import LlamaConfig, SeqBoatConfig
 
     assert leaves(RunConfig) + leaves(SeqBoatConfig) + leaves(LlamaConfig) <= 80
+
+
+def written_keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
+    """The keys of a resolved configuration, as a user writes them."""
+    found: set[str] = set()
+    for name, value in tree.items():
+        found |= written_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+    return found
+
+
+def test_help_lists_every_key_with_default_type_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    keys = dict(re.findall(r"^  ([a-z_.\[\]]+)((?: = .*)?   \(.+\))$", text, re.MULTILINE))
+    for family in ("seqboat", "llama"):
+        config = load_config(RunConfig, None, [f"model.family={family}"])
+        assert written_keys(config.model_dump(mode="json")) <= set(keys)
+    assert keys["train.steps"] == " = 1000   (int > 0)"
+    assert keys["model.vocab_size"] == " = null   (int > 0, or null)"
+    assert keys["optim.betas"] == " = [0.9, 0.95]   (list of 2: float >= 0, < 1)"
+    assert keys["data.shuffle"] == " = full   (full | grouped | contiguous)"
+    assert keys["data.phases[].from_window"] == "   (int >= 0)"
+    assert "Folder written by `megaboat data prepare`." in text
+    unexplained = re.findall(r"^  (\S+).*\)\n(?!      )", describe_keys(RunConfig) + "\n", re.MULTILINE)
+    assert not unexplained, "a key's docstring stands below it"
 
 
 def test_the_command_ends_with_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:

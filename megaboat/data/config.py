@@ -24,7 +24,7 @@ class Phase(Section):
 
 
 class DataConfig(Section):
-    """Section `data` of a run."""
+    """Which tokens a run reads, in what order, cut how."""
 
     path: Path | None = None
     """Folder written by `megaboat data prepare`."""
@@ -35,11 +35,14 @@ class DataConfig(Section):
     weights: dict[str, float] | None = None
     """Share of each source; sources left out get none. None: by token count."""
     seed: int = 0
+    """Of the order of the windows."""
     shuffle: Literal["full", "grouped", "contiguous"] = "full"
     """full: any window next. grouped: windows of `group_blocks` neighbouring blocks together, for network disks.
     contiguous: one source, each row of the global batch reads on where it stopped, for carried states."""
     group_blocks: int = pydantic.Field(64, gt=0)
+    """Of `shuffle: grouped`: neighbouring blocks in one group."""
     phases: list[Phase] = []
+    """Changes of weights or row length on the way, by window number."""
     max_epochs: float | None = None
     """A run that would read a source more often than this is refused when it starts."""
     mask_first_target: bool = False

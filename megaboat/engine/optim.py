@@ -15,14 +15,17 @@ class OptimConfig(Section):
     """AdamW and its learning rate."""
 
     lr: float = pydantic.Field(1e-3, ge=0)
+    """The highest learning rate of the schedule."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay of AdamW's first and second moments."""
     eps: float = pydantic.Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
     weight_decay: float = pydantic.Field(0.1, ge=0)
     """On weight matrices only: not on biases, norms, gains, EMA coefficients and temperatures."""
     clip: float = pydantic.Field(1.0, ge=0)
     """Largest norm of the gradient; 0: no clipping."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """wsd: warm-up, stable, then linear decay over the last `decay` of the run."""
+    """How the rate falls after the warm-up. wsd: stable, then linear decay over the last `decay` of the run."""
     warmup: float = pydantic.Field(0.05, ge=0, lt=1)
     """Share of the run in which the rate rises from 0."""
     decay: float = pydantic.Field(0.2, gt=0, le=1)

@@ -18,6 +18,7 @@ class TrainConfig(Section):
     out: Path = Path("runs/default")
     """The run folder; a checkpoint in it is resumed."""
     steps: int = pydantic.Field(1000, gt=0)
+    """Optimizer steps of the whole run, those before a resume counted."""
     global_batch: int = pydantic.Field(32, gt=0)
     """Rows of `data.seq_len` tokens in one optimizer step, over all ranks."""
     micro_batch: int = pydantic.Field(8, gt=0)
@@ -25,6 +26,7 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: parameters, EMA and configurator stay in fp32, matrix products and activations are bf16."""
     seed: int = 0
+    """Of the initial weights and of dropout."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass, with the decisions of the forward pass."""
     eval_every: int = pydantic.Field(200, ge=0)
@@ -36,6 +38,7 @@ class TrainConfig(Section):
     keep: int = pydantic.Field(2, gt=0)
     """Checkpoints that stay on disk."""
     tensorboard: bool = True
+    """Write the curves and pictures to `tensorboard/` in the run folder."""
     hang_seconds: float = pydantic.Field(900.0, ge=0)
     """A rank that makes no progress for so long ends the run, with the stacks of all ranks in `hang/`; 0: never."""
 

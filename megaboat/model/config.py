@@ -17,11 +17,15 @@ class SeqBoatConfig(Section):
     """A SeqBoat decoder. Widths left at None follow from `width` and the block style."""
 
     family: Literal["seqboat"] = "seqboat"
+    """What is trained; each family has keys of its own."""
     block: Literal["paper", "scaled"] = "scaled"
+    """paper: as published; scaled: what trains best at size. Sets the keys below that are null."""
     vocab_size: int | None = pydantic.Field(None, gt=0)
     """None: the vocabulary of the token shards."""
     layers: int = pydantic.Field(12, gt=0)
+    """Blocks, one after the other."""
     width: int = pydantic.Field(512, gt=0)
+    """Numbers that describe a token between blocks (D)."""
     qk_dim: int = pydantic.Field(128, gt=0, multiple_of=2)
     """Shared query/key width Z; even, for the rotary pairs."""
     value_dim: int | None = pydantic.Field(None, gt=0)
@@ -31,6 +35,7 @@ class SeqBoatConfig(Section):
     ffn_dim: int | None = pydantic.Field(None, ge=0)
     """Hidden width of a SwiGLU feed-forward after each block, 0: none. None: 0 (paper), 8/3 x width (scaled)."""
     ema_order: int = pydantic.Field(16, gt=0, le=64)
+    """States of the moving average a channel (N)."""
     window: int = pydantic.Field(1024, gt=0)
     """An active token sees itself and this many active tokens before it in its document."""
     modules: int = pydantic.Field(1, gt=0)
@@ -40,7 +45,9 @@ class SeqBoatConfig(Section):
     calibrate: bool | None = None
     """Start every layer at one half of its tokens active, from one batch. None: no (paper), yes (scaled)."""
     rope_base: float = pydantic.Field(10000.0, gt=1)
+    """Base of the rotary frequencies."""
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
+    """Share of the numbers set to zero in training; drawn by each rank for itself."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -73,15 +80,21 @@ class LlamaConfig(Section):
     """The dense baseline: Hugging Face's Llama."""
 
     family: Literal["llama"]
+    """What is trained; each family has keys of its own."""
     vocab_size: int | None = pydantic.Field(None, gt=0)
+    """None: the vocabulary of the token shards."""
     layers: int = pydantic.Field(12, gt=0)
+    """Blocks, one after the other."""
     width: int = pydantic.Field(512, gt=0)
+    """Numbers that describe a token between blocks (D)."""
     heads: int = pydantic.Field(8, gt=0)
+    """Heads of the attention."""
     kv_heads: int | None = pydantic.Field(None, gt=0)
-    """None: as many as heads."""
+    """Heads of the keys and values. None: as many as heads."""
     ffn_dim: int | None = pydantic.Field(None, gt=0)
-    """None: 8/3 x width."""
+    """Hidden width of the feed-forward. None: 8/3 x width."""
     rope_base: float = pydantic.Field(10000.0, gt=1)
+    """Base of the rotary frequencies."""
 
     @pydantic.model_validator(mode="after")
     def _heads_divide_width(self) -> "LlamaConfig":

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megaboat.config import load_config
+from megaboat.config_keys import describe_keys
 from megaboat.engine.build import open_run
 from megaboat.engine.fence import InUse, Superseded
 from megaboat.engine.ranks import Ranks, attempt_name, this_process
@@ -25,8 +26,9 @@ from megaboat.tools.report_figures import all_figures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="keys and values, as listed below")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="takes precedence over the file")
+    parser.epilog = f"keys, with their defaults:\n{describe_keys(RunConfig)}"
 
 
 def run(arguments: argparse.Namespace) -> int:
