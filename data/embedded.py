@@ -297,12 +297,15 @@ def _write_whole(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def find_complete(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a folder that already holds what would be written, checked byte by byte; else None."""
+def find_complete(folder: Path, made_from: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The manifest of a folder that already holds what would be written, checked byte by byte; else None.
+
+    Where `made_from` is None, any corpus of this recipe will do.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
-        same = manifest["made_from"] == made_from
+        same = made_from is None or manifest["made_from"] == made_from
         whole = hashes == {name: file["sha256"] for name, file in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -325,6 +328,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the .jsonl.zst files")
+    parser.add_argument("--keep", action="store_true", help="use a complete folder, whichever Python made it")
     parser.add_argument("--max-bytes", type=int, metavar="N", help="stop at N bytes of text; default: all there is")
     return parser.parse_args(argv)
 
@@ -333,9 +337,11 @@ def main(argv: list[str] | None = None) -> int:
     """Write the corpus, or say that it is there. Returns the exit code: 0 done, 2 cannot, 130 interrupted."""
     args = parse_arguments(argv)
     try:
-        manifest = find_complete(args.out, fingerprint(args.max_bytes))
+        made_from = fingerprint(args.max_bytes)
+        manifest = find_complete(args.out, None if args.keep else made_from)
         if manifest is not None:
-            print(f"{args.out} is complete already; nothing to do\n")
+            other = "" if manifest["made_from"] == made_from else ", made by another Python or other packages"
+            print(f"{args.out} is complete already{other}; nothing to do\n")
         else:
             print("reading this Python's standard library and packages, a few seconds ...", file=sys.stderr)
             manifest = build(args.out, args.max_bytes, Path(sysconfig.get_paths()["stdlib"]))

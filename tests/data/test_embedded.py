@@ -4,8 +4,10 @@ import ast
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +35,17 @@ def embedded() -> ModuleType:
 def corpus(embedded: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("with space") / "corpus"
     assert embedded.main(["--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def small_library(embedded: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sixty modules in place of the standard library: the whole of it takes seconds to read."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))[:60]:
+        shutil.copyfile(path, folder / path.name)
+    monkeypatch.setattr(embedded.sysconfig, "get_paths", lambda: {"stdlib": str(folder)})
     return folder
 
 
@@ -74,7 +87,23 @@ def test_another_process_mends_a_damaged_folder_with_the_same_bytes(corpus: Path
     assert not list(corpus.glob(".*"))
 
 
-def test_max_bytes_is_a_fair_sample(embedded: ModuleType, tmp_path: Path) -> None:
+def test_a_corpus_of_another_python_is_made_anew_unless_it_is_to_be_kept(
+    embedded: ModuleType, small_library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "corpus"
+    assert embedded.main(["--out", str(out), "--keep"]) == 0, "nothing to keep: it is made"
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["made_from"]["python"] = "3.11.0, of last year"
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert embedded.main(["--out", str(out), "--keep"]) == 0
+    assert "complete already, made by another Python or other packages; nothing to do" in capsys.readouterr().out
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    files(out)[0].write_bytes(b"")
+    assert embedded.main(["--out", str(out), "--keep"]) == 0, "a damaged one is not kept"
+    assert json.loads((out / "manifest.json").read_text())["made_from"]["python"] == sys.version
+
+
+def test_max_bytes_is_a_fair_sample(embedded: ModuleType, small_library: Path, tmp_path: Path) -> None:
     assert embedded.main(["--out", str(tmp_path), "--max-bytes", "1000000"]) == 0
     found = documents(tmp_path)
     assert 900_000 < sum(len(d.text.encode()) for d in found) <= 1_000_000
@@ -105,7 +134,11 @@ def test_long_paragraphs_are_kept_once(embedded: ModuleType) -> None:
 
 
 def test_errors_are_one_line(
-    embedded: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    embedded: ModuleType,
+    small_library: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     assert embedded.main(["--out", str(tmp_path / "file")]) == 2
