@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, argv: Sequence[str]) -> int:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a read-only home is no news at each start
     module = importlib.import_module(COMMANDS[command][0])
     parser = argparse.ArgumentParser(
         prog=f"megaboat {command}",

@@ -1,10 +1,14 @@
 """What every test may rely on."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# In the background of a script a process ignores Ctrl-C, and so would every command that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

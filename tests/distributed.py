@@ -16,9 +16,16 @@ from typing import Any
 
 from megaboat.engine.ranks import free_port
 
-# A server that has imported torch and DeepSpeed once forks each rank in milliseconds instead of seconds.
+# A server that has imported torch and DeepSpeed once forks each rank in milliseconds instead of seconds. DeepSpeed
+# imports the muon module when an engine is made: it is decorated with torch.compile, so all of inductor comes with it.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "transformers.models.llama.modeling_llama"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "megaboat.engine.build",
+        "deepspeed.runtime.zero.muon.original_muon",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 
 
 def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:

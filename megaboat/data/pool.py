@@ -101,7 +101,8 @@ class _Worker:
 
 def _start_worker(parent: int, counters: Any) -> None:
     _Worker.counters = counters
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback each
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script: the parent lives on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback each
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 

@@ -149,9 +149,17 @@ def attempt_name(variables: Mapping[str, str]) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    """A TCP port that nobody listens on at the moment.
+
+    Raises BadInput where this machine cannot even reach itself: torch would try for half an hour.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        try:
+            socket.create_connection(probe.getsockname(), timeout=10).close()
+        except OSError as error:
+            raise BadInput(
+                f"127.0.0.1 cannot be reached ({error.strerror}), and ranks talk through it: ip link set lo up"
+            ) from None
         return probe.getsockname()[1]
 
 
