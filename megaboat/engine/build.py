@@ -15,11 +15,13 @@ from megaboat.data.plan import excluded_blocks
 from megaboat.engine.checkpoint import Checkpoint, find_checkpoint, load_weights
 from megaboat.engine.deepspeed import Engine, connect
 from megaboat.engine.evaluate import documents
-from megaboat.engine.fence import take_fence
+from megaboat.engine.fence import OWNER, Fence, take_fence
 from megaboat.engine.hooks import Hook, JsonLines, Pictures, ProgressBar, ProgressLines, TensorBoard
 from megaboat.engine.ranks import Ranks
+from megaboat.engine.roll_call import roll_call
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.trainer import Trainer
+from megaboat.engine.watchdog import Watchdog
 from megaboat.errors import BadInput
 from megaboat.log import get_logger, setup_logging
 from megaboat.model.build import LanguageModel, build_model
@@ -44,7 +46,29 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
     config.check_world(ranks.size)
     dataset = _open_data(config)
     config = _with_vocabulary(config, dataset)
-    connect(ranks)
+    watchdog = Watchdog(config.train.out, ranks, config.train.hang_seconds)
+    with watchdog:
+        connect(ranks)
+        # Before anything is read: ranks of a lost attempt must not commit a checkpoint behind this one's back.
+        fence = take_fence(config.train.out, ranks)
+        try:
+            roll_call(ranks, config.train.out / OWNER)
+            return _open_owned(config, ranks, dataset, watchdog, fence, pictures)
+        except BaseException:
+            if fence is not None:
+                fence.release()
+            raise
+
+
+def _open_owned(
+    config: RunConfig,
+    ranks: Ranks,
+    dataset: Dataset,
+    watchdog: Watchdog,
+    fence: Fence | None,
+    pictures: Pictures | None,
+) -> Trainer:
+    watchdog.beat("read checkpoint")
     checkpoint = _agreed_checkpoint(config, ranks)
     if checkpoint is not None:
         dataset.check_tokenizer(checkpoint.state["tokenizer"]["content_id"], str(checkpoint.folder))
@@ -59,6 +83,7 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
         consumed_windows=checkpoint.state["data"]["consumed_windows"] if checkpoint else 0,
         total_windows=config.train.steps * config.train.global_batch,
     )
+    watchdog.beat("build model")
     model = build_model(config.model, config.train.seed)
     if checkpoint is not None:
         loader.check_resume(checkpoint.state["data"])
@@ -69,17 +94,18 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
         model.compile_layers()
     if checkpoint is None:
         _calibrate(model, config, dataset, ranks)
+    watchdog.beat("start DeepSpeed")
     engine = Engine(model, config, ranks)
     if checkpoint is not None:
         engine.set_moments(checkpoint.optimizer(), step)
-    fence = take_fence(config.train.out, ranks)
     ledger = _on_first(ranks, lambda: _write_run_folder(config, dataset, checkpoint))
     setup_logging(ranks.rank, ranks.size, config.train.out / "log.txt")
     if checkpoint is not None:
         get_logger().info("resumed %s at step %d", config.train.out, step)
     if not dataset.splits.get("val"):
         get_logger().warning("%s holds no validation text: nothing will be evaluated", dataset.path)
-    return Trainer(config, ranks, dataset, engine, loader, ledger, fence, _hooks(config, ranks, pictures), step)
+    hooks = _hooks(config, ranks, pictures)
+    return Trainer(config, ranks, dataset, engine, loader, ledger, fence, watchdog, hooks, step)
 
 
 def _on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:

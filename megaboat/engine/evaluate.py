@@ -27,16 +27,22 @@ def evaluate(
     rows: int,
     max_tokens: int | None = None,
     split: str = "val",
+    at_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """`{"split", "domains": {source: figures}, "overall": figures}` with nll in nats a token, perplexity,
     bits_per_byte, tokens, bytes and activation_ratio (a list, by layer).
 
     `forward` is the model in evaluation mode, or the engine around it. Up to `max_tokens` of each source are read.
+    `at_batch` is called before each batch, equally often on all ranks; what it raises ends the evaluation.
     """
     sums = {}
     for source in dataset.splits.get(split, []):
         batches = evaluation_batches(config, dataset, split, source, rows, ranks.rank, ranks.size, max_tokens)
-        total = torch.stack([_sums(forward, batch.to(ranks.device)) for batch in batches]).sum(0)
+        parts = []
+        for batch in batches:
+            at_batch()
+            parts.append(_sums(forward, batch.to(ranks.device)))
+        total = torch.stack(parts).sum(0)
         text = dataset.source(split, source)
         sums[source] = (ranks.sum(total).tolist(), text.n_text_bytes / max(1, text.n_tokens))
     domains = {source: _figures(total, total[1] * bytes_a_token) for source, (total, bytes_a_token) in sums.items()}

@@ -20,6 +20,7 @@ from typing import Any
 from megaboat.engine.ranks import Ranks, attempt_name
 from megaboat.errors import BadInput, MegaboatError
 
+OWNER = "owner.json"
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 60.0  # an owner elsewhere that gave no sign for so long is taken for dead
 SQUEUE_SECONDS = 5
@@ -37,7 +38,7 @@ class Fence:
     """This process's claim to a run folder."""
 
     def __init__(self, folder: Path, variables: Mapping[str, str] = os.environ) -> None:
-        self._path = folder / "owner.json"
+        self._path = folder / OWNER
         self._me = _identity(attempt_name(variables))
         self._over = threading.Event()
 

@@ -138,6 +138,11 @@ class TensorBoard(Hook):
         self._writer.close()
 
 
+def last_evaluation(folder: Path) -> float:
+    """The step of the last line of `evaluation.jsonl`, 0 where there is none."""
+    return max(map(_step, _lines(folder / "evaluation.jsonl")), default=0)
+
+
 def _step(line: str) -> float:
     """The step of a line; infinite for one that a crashed machine left unreadable, so that it is dropped."""
     try:

@@ -30,6 +30,10 @@ class GlobalSums:
     """Of each window of the global batch, in order."""
     signal: str | None
     """A signal that some rank received."""
+    seconds_R: list[float]
+    """Of each rank's forward passes in the step before, as `ComputeTimer.take` gives them."""
+    flops_R: list[float]
+    """Of each rank's forward passes in this step."""
 
 
 class StepSums:
@@ -51,17 +55,17 @@ class StepSums:
         self._parts.append(torch.stack(figures))
         self._tokens += batch.tokens_BT.numel()
 
-    def gather(self, ranks: Ranks, crcs: tuple[int, ...], received: str | None) -> GlobalSums:
-        """One collective: sums, crcs and the wish to stop of all ranks. Floats of 64 bits hold them all exactly."""
+    def gather(self, ranks: Ranks, crcs: tuple[int, ...], received: str | None, seconds: float = 0.0) -> GlobalSums:
+        """One collective: sums, times, crcs and the wish to stop of all ranks. Floats of 64 bits hold them exactly."""
         mine = torch.stack(self._parts).sum(0)
         number = float(signal.Signals[received]) if received else 0.0
-        tail = torch.tensor([self._tokens, number, *crcs], dtype=torch.float64, device=mine.device)
+        tail = torch.tensor([self._tokens, number, seconds, *crcs], dtype=torch.float64, device=mine.device)
         everyone = ranks.gather(torch.cat([mine, tail])[None]).cpu()
         sums, tails = everyone[:, : len(mine)], everyone[:, len(mine) :]
         total = sums.sum(0)
         shape = self._shape()
         rows, pairs = total[2:].view(2, *shape)
-        busy = sums[:, 2 : 2 + rows.numel()].sum(1)
+        busy, attended = sums[:, 2:].unflatten(1, (2, rows.numel())).sum(2).unbind(1)
         signals = tails[:, 1].long().tolist()
         return GlobalSums(
             nll=float(total[0]),
@@ -69,9 +73,23 @@ class StepSums:
             tokens=int(tails[:, 0].sum()),
             work=Work(rows, pairs),
             imbalance=float(busy.max() / busy.mean()) if busy.sum() > 0 else 1.0,
-            crcs=[int(crc) for crc in tails[:, 2:].flatten().tolist()],
+            crcs=[int(crc) for crc in tails[:, 3:].flatten().tolist()],
             signal=next((signal.Signals(number).name for number in signals if number), None),
+            seconds_R=tails[:, 2].tolist(),
+            flops_R=self._flops(tails[:, 0], busy, attended),
         )
+
+    def _flops(self, tokens_R: Tensor, rows_R: Tensor, pairs_R: Tensor) -> list[float]:
+        """Forward FLOPs are linear in tokens, active rows and pairs."""
+        model = self._model
+        if not isinstance(model, SeqBoatConfig):
+            return tokens_R.tolist()
+        none, one = torch.zeros(()), torch.ones(())
+        token, row, pair = (
+            forward_flops(model, tokens, Work(rows, pairs))
+            for tokens, rows, pairs in ((1, none, none), (0, one, none), (0, none, one))
+        )
+        return (token * tokens_R + row * rows_R + pair * pairs_R).tolist()
 
     def _shape(self) -> tuple[int, int]:
         if isinstance(self._model, SeqBoatConfig):
@@ -89,6 +107,7 @@ def step_metrics(
     seconds: float,
     waited: float,
     ranks: Ranks,
+    slowness: float | None,
 ) -> dict[str, Any]:
     """The object of `metrics.jsonl`: see the README's table of its keys."""
     peak = peak_flops(ranks.device) if config.train.precision == "bf16" else None
@@ -106,6 +125,7 @@ def step_metrics(
         "mfu": useful / seconds / ranks.size / peak if peak else None,
         "activation_ratio": (sums.work.rows_LM.mean(1) / sums.tokens).tolist(),
         "imbalance": sums.imbalance,
+        "slowness": slowness,
         "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else None,
     }
 

@@ -1,6 +1,8 @@
 """The training loop."""
 
+import itertools
 import math
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -16,14 +18,17 @@ from megaboat.engine.checkpoint import save_checkpoint
 from megaboat.engine.deepspeed import Engine
 from megaboat.engine.evaluate import documents, evaluate
 from megaboat.engine.fence import Fence
-from megaboat.engine.hooks import Hook
+from megaboat.engine.hooks import Hook, last_evaluation
 from megaboat.engine.metrics import GlobalSums, StepSums, step_metrics
 from megaboat.engine.optim import learning_rate
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
-from megaboat.engine.stop import Outcome, StopRequest
+from megaboat.engine.stop import Outcome, Stopped, StopRequest
+from megaboat.engine.stragglers import ComputeTimer, Stragglers
 from megaboat.engine.watchdog import Watchdog
 from megaboat.errors import Diverged
+
+AGREE_EVERY = 8  # batches of an evaluation: a collective and a wait for the device each time
 
 
 class Trainer:
@@ -38,14 +43,16 @@ class Trainer:
         loader: Loader,
         ledger: Ledger | None,
         fence: Fence | None,
+        watchdog: Watchdog,
         hooks: Sequence[Hook],
         step: int,
     ) -> None:
         self.config, self.ranks, self.dataset = config, ranks, dataset
         self.engine, self.loader, self.ledger, self.hooks = engine, loader, ledger, hooks
         self.step = step
-        self.fence = fence
-        self.watchdog = Watchdog(config.train.out, ranks, config.train.hang_seconds)
+        self.fence, self.watchdog = fence, watchdog
+        self.timer = ComputeTimer(ranks.device)
+        self.stragglers = Stragglers(ranks.gather_objects(socket.gethostname()))
         self.engine.module.register_forward_pre_hook(lambda *_: self.watchdog.beat("forward"))
         self._last_crc = 0
         self._saved = step
@@ -67,17 +74,23 @@ class Trainer:
 
     def _loop(self, stop: StopRequest) -> tuple[Outcome, str]:
         train = self.config.train
-        while self.step < train.steps:
+        received = self.evaluate(train.eval_tokens, stop) if self._lacks_evaluation() else None
+        while self.step < train.steps and not received:
             received = self.train_step(stop)
             if received or _due(self.step, train.save_every):
                 self.save()
-            if received:
-                return "requeue", f"stopped by {received}"
-            if _due(self.step, train.eval_every) and self.step < train.steps:
-                self.evaluate(train.eval_tokens)
+            if not received and self.step < train.steps and _due(self.step, train.eval_every):
+                received = self.evaluate(train.eval_tokens, stop)
         self.save()
-        self.evaluate(None)
-        return "done", f"{self.step} steps"
+        received = received or self.evaluate(None, stop)
+        return ("requeue", f"stopped by {received}") if received else ("done", f"{self.step} steps")
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether a signal or a crash came between the step that is resumed and its evaluation."""
+        if not self.step or self.step == self.config.train.steps or not _due(self.step, self.config.train.eval_every):
+            return False
+        found = self.ranks.is_first and last_evaluation(self.config.train.out) == self.step
+        return not self.ranks.gather_objects(found)[0]
 
     def train_step(self, stop: StopRequest) -> str | None:
         """One optimizer step on one global batch. Returns the name of a signal that any rank received."""
@@ -90,7 +103,7 @@ class Trainer:
         sums = self._forward_backward(batch)
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         self.watchdog.beat("gather")
-        everyone = sums.gather(self.ranks, batch.crcs, stop.received)
+        everyone = sums.gather(self.ranks, batch.crcs, stop.received, self.timer.take())
         if not math.isfinite(everyone.nll):
             raise Diverged(
                 f"step {self.step + 1}: the loss is {everyone.nll}; windows {self.loader.consumed_windows} and before "
@@ -117,7 +130,8 @@ class Trainer:
         parts = batch.micro_batches(self.config.train.micro_batch * rows_a_window)
         for i, part in enumerate(parts):
             part = part.to(self.ranks.device)
-            output = self.engine(part.tokens_BT, documents(part), part.targets_BT)
+            with self.timer:
+                output = self.engine(part.tokens_BT, documents(part), part.targets_BT)
             self.watchdog.beat("backward")
             self.engine.backward(output.nll * scale)
             sums.add(output, part)
@@ -125,16 +139,33 @@ class Trainer:
                 self.engine.next_micro_batch()
         return sums
 
-    def evaluate(self, max_tokens: int | None) -> None:
-        """Hand held-out figures of the present model to the hooks, if the dataset has held-out text."""
+    def evaluate(self, max_tokens: int | None, stop: StopRequest) -> str | None:
+        """Hand held-out figures of the present model to the hooks, if the dataset has held-out text.
+
+        Returns the name of a signal that some rank received: the evaluation was left then, without figures.
+        """
         if not self.dataset.splits.get("val"):
-            return
+            return None
         self.engine.train(False)
         rows = self.config.train.micro_batch
-        result = evaluate(self.engine, self.config.data, self.dataset, self.ranks, rows, max_tokens)
-        result = {"step": self.step, **result}
+
+        batches = itertools.count()
+
+        def leave_if_asked() -> None:
+            self.watchdog.beat("evaluate")
+            received = stop.agreed(self.ranks) if next(batches) % AGREE_EVERY == 0 else None
+            if received:
+                raise Stopped(received)
+
+        try:
+            result = evaluate(
+                self.engine, self.config.data, self.dataset, self.ranks, rows, max_tokens, at_batch=leave_if_asked
+            )
+        except Stopped as stopped:
+            return str(stopped)
         for hook in self.hooks:
-            hook.on_evaluation(self.step, result)
+            hook.on_evaluation(self.step, {"step": self.step, **result})
+        return None
 
     def save(self) -> None:
         """Commit a checkpoint of the present step, unless there is one."""
@@ -174,7 +205,12 @@ class Trainer:
             first = self.loader.consumed_windows - self.config.train.global_batch
             self.ledger.append(self.step, first, self._last_crc)
         tokens = self.loader.consumed_windows * self.config.data.seq_len
-        metrics = step_metrics(self.config, everyone, self.step, tokens, lr, grad_norm, seconds, waited, self.ranks)
+        if self.ranks.is_first:
+            self.stragglers.add(everyone.seconds_R, everyone.flops_R)
+        slowness = self.stragglers.slowness
+        metrics = step_metrics(
+            self.config, everyone, self.step, tokens, lr, grad_norm, seconds, waited, self.ranks, slowness
+        )
         for hook in self.hooks:
             hook.on_step(metrics)
 

@@ -36,9 +36,9 @@ class Watchdog:
         self._report_seconds = report_seconds
         self._count, self._place, self._time = 0, "start", time.monotonic()
         self._main = threading.get_ident()
-        self._over = threading.Event()
 
     def __enter__(self) -> "Watchdog":
+        self._over = threading.Event()
         self.beat("start")
         if self._seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -58,7 +58,8 @@ class Watchdog:
             yield item
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self._seconds / 10)):
+        over = self._over  # of this context; the next one has its own
+        while not over.wait(min(1.0, self._seconds / 10)):
             if time.monotonic() - self._time > self._seconds:
                 self._end()
 

@@ -52,7 +52,8 @@ def _train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
         if ranks.is_first and (trainer or (attempt_name(os.environ) and out.is_dir())):
             write_outcome(out, "fatal", trainer.step if trainer else 0, str(error))
         raise
-    if ranks.is_first:
+    if trainer.fence is not None:
+        trainer.fence.check()
         write_outcome(out, outcome, trainer.step, reason)
         get_logger().info("%s at step %d: %s", outcome, trainer.step, reason)
     ranks.barrier()
