@@ -11,6 +11,7 @@ run=$(cat "$1/$SLURM_JOB_ID.run" 2>/dev/null) || {
     say "no rank of job $job has started: see the logs beside $1"
     exit 1
 }
+[ -n "$run" ] || exit 0 # an earlier job of a chain has finished it
 what=$(outcome "$run")
 say "${what:-crashed}: $run"
 case $what in

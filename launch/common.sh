@@ -10,11 +10,21 @@ python=${PYTHON:-python}
 
 say() { echo "$(date +%T) launch: $*"; }
 
-# One word from a run folder's outcome.json: done, requeue or fatal; nothing after a crash.
-outcome() { sed -n 's/.*"outcome": *"\([a-z]*\)".*/\1/p' "$1/outcome.json" 2>/dev/null; }
+# One word from a run folder's outcome.json: done, requeue or fatal; nothing after a crash, and nothing where another
+# attempt wrote it: this shell may live on behind a cut cable.
+outcome() {
+    local mine="\"attempt\": *\"$SLURM_JOB_ID\.${SLURM_RESTART_COUNT:-0}\."
+    sed -n "/$mine/s/.*\"outcome\": *\"\([a-z]*\)\".*/\1/p" "$1/outcome.json" 2>/dev/null
+}
 
 # Put this job back into the queue, or its successor ("$@": sbatch's arguments, "" for none) where that is forbidden.
 put_back() {
+    local restarts
+    restarts=$(scontrol show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p')
+    if [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+        say "SLURM has put $job back already"
+        exit 0
+    fi
     say "requeue $job"
     trap '' TERM # the requeue itself sends TERM to whoever asks for it
     if scontrol requeue "$job"; then

@@ -27,15 +27,14 @@ esac
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun does not take it from sbatch
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
 
 # TERM comes with scancel, a requeue or preemption: SLURM has decided what follows, so this shell requeues nothing.
 terminated=""
 trap 'terminated=yes' TERM
 
 # srun in the background: bash runs a trap only while it waits.
-attend() {
-    "$@" &
+step() {
+    srun --distribution=block --unbuffered --mem=0 --nodes="$nodes" "$@" &
     local child=$! code=0
     while kill -0 "$child" 2>/dev/null; do
         wait "$child"
@@ -44,24 +43,26 @@ attend() {
     return "$code"
 }
 
-step() { srun --distribution=block --unbuffered --mem=0 --nodes="$nodes" "$@"; }
-
+# A signal that comes during the check is kept by rank.sh and told in the answers: 75 asks for a requeue.
 check_nodes() {
     rm -f "$run/logs/$job".node-*
-    step --ntasks="$nodes" --ntasks-per-node=1 --overlap --output="$run/logs/$job.node-%t" \
-        "$python" -m megaboat.tools.preflight node "$run" "$tasks_per_node"
+    step --ntasks="$nodes" --ntasks-per-node=1 --overlap --output="$run/logs/$job.node-%t" bash launch/rank.sh \
+        "$python" -m megaboat.tools.preflight node "$run" "$tasks_per_node" "$config" "$data/index.json"
     "$python" -m megaboat.tools.preflight compare "$run/logs/$job.node" "$nodes"
+    case $? in
+    0) ;;
+    75) if [ -n "$terminated" ]; then exit 0; else requeue; fi ;;
+    *) exit 2 ;;
+    esac
 }
 
 # Every try is a step with a port of its own; -K ends all ranks when one of them dies.
 train() {
-    rm -f "$run/outcome.json"
-    attend step --ntasks=$((nodes * tasks_per_node)) --ntasks-per-node="$tasks_per_node" --kill-on-bad-exit=1 \
-        --output="$run/logs/$job.${SLURM_RESTART_COUNT:-0}.$1-%t.log" \
-        "$python" -m megaboat train "$config" "${overrides[@]}"
+    logs=$run/logs/$job.${SLURM_RESTART_COUNT:-0}.$1
+    step --ntasks=$((nodes * tasks_per_node)) --ntasks-per-node="$tasks_per_node" --kill-on-bad-exit=1 \
+        --output="$logs-%t.log" bash launch/rank.sh "$python" -m megaboat train "$config" "${overrides[@]}"
 }
 
-nodes="" tasks_per_node="" run=""
 # The signal before the limit comes once: ranks that start after it would be killed at the limit, and SLURM requeues no
 # job that reached its limit.
 near_limit() {
@@ -77,13 +78,15 @@ requeue() {
         "$script" "$config" "${overrides[@]}"
 }
 
-# Sets run, nodes and tasks_per_node, or says in one line what is wrong with config, corpus or ranks.
+# Sets run, data, nodes, tasks_per_node and finished, or says in one line what is wrong with config, corpus or ranks.
+run="" data="" nodes="" tasks_per_node="" finished="" logs=""
 checked=$("$python" -m megaboat launch "$config" "${overrides[@]}" --check) || exit 2
 eval "$checked"
+[ -n "$finished" ] && say "$run is done" && exit 0
 mkdir -p "$run/logs" || exit 2
 say "job $job, restart ${SLURM_RESTART_COUNT:-0}: $nodes x $tasks_per_node ranks on $SLURM_JOB_NODELIST, run $run"
 say "$("$python" --version), $(srun --version), megaboat at $(git rev-parse --short HEAD 2>/dev/null || echo '?')"
-check_nodes || exit 2
+check_nodes
 
 for try in 1 2 3 4 5 6 7 8 9; do
     train "$try"
@@ -95,7 +98,7 @@ for try in 1 2 3 4 5 6 7 8 9; do
     fatal) exit 1 ;;
     requeue) requeue ;;
     esac
-    "$python" -m megaboat.tools.preflight again "$run" || exit 1
+    "$python" -m megaboat.tools.preflight again "$run" "$logs" || exit 1
     near_limit && requeue
 done
 exit 1

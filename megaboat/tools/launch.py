@@ -4,10 +4,11 @@
   megaboat launch configs/125m.yaml --nodes 1 --sweep optim.lr=1e-3,2e-3 train.seed=0,1,2 --at-once 4
 
 A sweep is one array job, every point a run folder of its own; points that are done are not submitted again.
-Config, corpus and ranks are checked before anything is queued.
+Config, corpus, ranks, and what SLURM thinks of the job are checked before anything is queued.
 """
 
 import argparse
+import copy
 import itertools
 import os
 import re
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megaboat.config import load_config
 from megaboat.data.dataset import open_dataset
@@ -27,6 +28,7 @@ from megaboat.engine.stop import is_done
 from megaboat.errors import BadInput
 from megaboat.tools.preflight import note_attempt
 
+LAUNCH = Path(__file__).parents[2] / "launch"
 SIGNAL_SECONDS = 300  # before the time limit: a step, a checkpoint, and what SLURM's timers are late
 
 
@@ -46,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep", nargs="+", default=[], metavar="section.key=a,b,c", help="all combinations, an array"
     )
     parser.add_argument("--at-once", type=int, default=256, help="points of a sweep that run at the same time")
+    parser.add_argument("--share", action="store_true", help="do not take whole nodes: for small points of a sweep")
     parser.add_argument("--after", metavar="JOB", help="start when this job has ended, however it ended")
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="N jobs, one after the other, where requeue is forbidden"
+    )
     parser.add_argument("--local", action="store_true", help="run on this machine, without SLURM, and wait")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script only")
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # for launch/run.sh, in the job
@@ -62,13 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     for overrides in points:
         if arguments.sweep:
             overrides = [*overrides, f"train.out={point_folder(arguments.config, overrides, arguments.sweep)}"]
-        out, _ = check_config(arguments.config, overrides, arguments.nodes, tasks)
-        steps = load_config(RunConfig, arguments.config, overrides).train.steps
-        if arguments.sweep and is_done(out, steps):
-            print(f"{out} is done")
+        checked = check_config(arguments.config, overrides, arguments.nodes, tasks)
+        if is_done(checked.out, checked.steps):
+            print(f"{checked.out} is done")
         else:
-            folder = _notes_folder(out, bool(arguments.sweep))
-            jobs.append(Task(str(arguments.config.resolve()), tuple(overrides), str(out), str(folder)))
+            folder = _notes_folder(checked.out, bool(arguments.sweep))
+            place = (str(checked.out), checked.steps, str(folder))
+            jobs.append(Task(str(arguments.config.resolve()), tuple(overrides), *place))
     if not jobs:
         return 0
     return _submit(jobs, arguments, tasks)
@@ -81,19 +87,23 @@ class Task:
     config: str
     overrides: tuple[str, ...]
     out: str
+    steps: int
     notes: str
-    """Folder of a file JOB.run that tells launch/after.sh the run folder."""
+    """Folder of a file JOB.run that tells launch/after.sh the run folder; empty where nothing was left to do."""
 
     def __call__(self) -> None:
+        finished = is_done(Path(self.out), self.steps)  # by an earlier job of a chain
+        if os.environ.get("SLURM_PROCID", "0") == "0" and "SLURM_JOB_ID" in os.environ:
+            (Path(self.notes) / f"{os.environ['SLURM_JOB_ID']}.run").write_text("" if finished else self.out)
+        if finished:
+            return
         # Not at the top: it brings DeepSpeed, whose import takes seconds and prints.
         from megaboat.tools import train
 
-        if os.environ.get("SLURM_PROCID", "0") == "0" and "SLURM_JOB_ID" in os.environ:
-            (Path(self.notes) / f"{os.environ['SLURM_JOB_ID']}.run").write_text(self.out)
         parser = argparse.ArgumentParser()
         train.add_arguments(parser)
         train.run(parser.parse_args([self.config, *self.overrides]))
-        if not is_done(Path(self.out), steps=1):
+        if not is_done(Path(self.out), self.steps):
             raise SystemExit(0)  # without a result for submitit, whose job is not over
 
 
@@ -105,15 +115,32 @@ def check_job(path: Path, overrides: list[str], variables: dict[str, str]) -> st
         raise BadInput(f"{tasks} tasks for {gpus} GPUs on a node: make --ntasks-per-node and --gpus-per-node equal")
     if tasks < gpus:
         print(f"launch: {gpus - tasks} of {gpus} GPUs on each node stay idle", file=sys.stderr)
-    out, nodes = check_config(path, overrides, nodes, tasks, elastic=bool(variables.get("ELASTIC")))
+    checked = check_config(path, overrides, nodes, tasks, elastic=bool(variables.get("ELASTIC")))
+    found = {"run": checked.out, "data": checked.data, "nodes": checked.nodes, "tasks_per_node": tasks}
+    if is_done(checked.out, checked.steps):
+        return _assignments(found | {"finished": "yes"})
     # As a step later than all others of this job, the batch shell sees what its ranks will see.
-    Fence(out, variables | {"RANK": "0", "SLURM_STEP_ID": str(FIRST_SPECIAL_STEP)}).look()
-    note_attempt(out, "start", variables)
-    return f"run={shlex.quote(str(out))} nodes={nodes} tasks_per_node={tasks}"
+    Fence(checked.out, variables | {"RANK": "0", "SLURM_STEP_ID": str(FIRST_SPECIAL_STEP)}).look()
+    note_attempt(checked.out, "start", variables)
+    return _assignments(found)
 
 
-def check_config(path: Path, overrides: list[str], nodes: int, tasks: int, elastic: bool = False) -> tuple[Path, int]:
-    """The run folder, and the nodes to use: all, or as many as divide the batch where `elastic`."""
+def _assignments(found: dict[str, Any]) -> str:
+    return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in found.items())
+
+
+class Checked(NamedTuple):
+    """What a config comes to on some nodes."""
+
+    out: Path
+    data: Path
+    nodes: int
+    """All of them, or in an elastic job as many as divide the batch."""
+    steps: int
+
+
+def check_config(path: Path, overrides: list[str], nodes: int, tasks: int, elastic: bool = False) -> Checked:
+    """Raises BadInput with what is wrong with config, corpus or ranks, before anything starts."""
     config = load_config(RunConfig, path, overrides)
     if config.data.path is None or not (config.data.path / "index.json").is_file():
         raise BadInput(
@@ -124,7 +151,7 @@ def check_config(path: Path, overrides: list[str], nodes: int, tasks: int, elast
     usable = [n for n in range(nodes, 0, -1) if config.train.global_batch % (n * tasks * config.train.micro_batch) == 0]
     if not elastic or not usable:
         config.check_world(nodes * tasks)
-    return config.train.out, usable[0]
+    return Checked(config.train.out, config.data.path, usable[0], config.train.steps)
 
 
 def sweep_points(axes: list[str]) -> list[tuple[str, ...]]:
@@ -155,24 +182,47 @@ def _submit(jobs: list[Task], arguments: argparse.Namespace, tasks: int) -> int:
     folder = Path(jobs[0].notes)
     cluster = "local" if arguments.local else "slurm"
     try:
-        executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
+        python = f"bash {shlex.quote(str(LAUNCH / 'rank.sh'))} {shlex.quote(sys.executable)}"
+        executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster, slurm_python=python)
     except RuntimeError as error:
         raise BadInput(f"{error} Use --local to run here") from None
     executor.update_parameters(**_parameters(arguments, tasks, folder))
-    if arguments.dry_run:
-        text = executor._executor._make_submission_file_text(executor._executor._submitit_command_str, "dry-run")
-        print(text)
-        return 0
+    if not arguments.local:
+        script = _script(executor, len(jobs))
+        if arguments.dry_run:
+            print(script)
+            return 0
+        _ask_slurm(script)
     folder.mkdir(parents=True, exist_ok=True)  # SLURM fails without a word where a log has no folder
-    try:
-        submitted = _enqueue(executor, jobs)
-    except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError):
-        raise BadInput("sbatch refused the job: its reason is above") from None
+    submitted = _enqueue(executor, jobs)
     for job, task in zip(submitted, jobs, strict=True):
         print(f"job {job.job_id}: {task.out}")
     if arguments.local:
         return _wait(submitted)
+    for _ in range(1, arguments.chain):
+        before = submitted[0].job_id.partition("_")[0]
+        more = {**_optional(arguments), "dependency": f"afterany:{before}"}
+        executor.update_parameters(slurm_additional_parameters=more)
+        submitted = _enqueue(executor, jobs)
+        print(f"job {submitted[0].job_id.partition('_')[0]}: goes on after job {before}")
     return 0
+
+
+def _script(executor: Any, jobs: int) -> str:
+    """The batch script as submitit will write it."""
+    inner = executor._executor
+    if jobs > 1:
+        inner = copy.copy(inner)
+        inner.parameters = inner.parameters | {"map_count": jobs}
+    return inner._make_submission_file_text(inner._submitit_command_str, "dry-run")
+
+
+def _ask_slurm(script: str) -> None:
+    """Raises BadInput where SLURM would refuse the job: an unknown partition or account, more than the nodes have."""
+    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1].rpartition(": ")[2] if done.stderr.strip() else "no reason given"
+        raise BadInput(f"SLURM refuses the job: {reason}")
 
 
 def _enqueue(executor: Any, jobs: list[Task]) -> list[Any]:
@@ -180,6 +230,15 @@ def _enqueue(executor: Any, jobs: list[Task]) -> list[Any]:
         return [executor.submit(jobs[0])]
     with executor.batch():
         return [executor.submit(job) for job in jobs]
+
+
+def _optional(arguments: argparse.Namespace) -> dict[str, Any]:
+    """sbatch options that submitit has no name for, or that may be absent."""
+    whole = {} if arguments.share else {"exclusive": True, "mem": 0}
+    given = {"partition": arguments.partition, "account": arguments.account}
+    if arguments.after:
+        given["dependency"] = f"afterany:{arguments.after}"
+    return {"requeue": True} | whole | {key: value for key, value in given.items() if value}
 
 
 def _wait(submitted: list[Any]) -> int:
@@ -193,10 +252,6 @@ def _wait(submitted: list[Any]) -> int:
 def _parameters(arguments: argparse.Namespace, tasks: int, folder: Path) -> dict[str, Any]:
     if arguments.local:
         return {"tasks_per_node": tasks, "gpus_per_node": arguments.gpus_per_node, "timeout_min": 60 * 24 * 365}
-    optional = {"partition": arguments.partition, "account": arguments.account}
-    if arguments.after:
-        optional["dependency"] = f"afterany:{arguments.after}"
-    checkout = Path(__file__).parents[2]
     return {
         "name": f"megaboat-{arguments.config.stem}",
         "nodes": arguments.nodes,
@@ -208,7 +263,6 @@ def _parameters(arguments: argparse.Namespace, tasks: int, folder: Path) -> dict
         "slurm_signal_delay_s": SIGNAL_SECONDS,
         "slurm_srun_args": ["--kill-on-bad-exit=1", "--distribution=block", "--mem=0"],
         "slurm_setup": [f"export SRUN_CPUS_PER_TASK={arguments.cpus_per_task}"],
-        "slurm_teardown": [f"bash {shlex.quote(str(checkout / 'launch' / 'after.sh'))} {shlex.quote(str(folder))}"],
-        "slurm_additional_parameters": {"requeue": True, "exclusive": True, "mem": 0}
-        | {key: value for key, value in optional.items() if value},
+        "slurm_teardown": [f"bash {shlex.quote(str(LAUNCH / 'after.sh'))} {shlex.quote(str(folder))}"],
+        "slurm_additional_parameters": _optional(arguments),
     }

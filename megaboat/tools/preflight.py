@@ -1,15 +1,18 @@
 """The checks around a job that launch/run.sh makes, without torch and its seconds. For scripts, not for typing.
 
-node RUN TASKS        a JSON object about this node: versions, GPUs, clock, whether it sees the run folder
-compare PREFIX NODES  what the nodes wrote to PREFIX-0, PREFIX-1, ... agrees
-again RUN             whether an attempt that crashed may be repeated in this job
+node RUN TASKS FILE...   a JSON object about this node: versions, GPUs, clock, whether it sees the run folder and files
+compare PREFIX NODES     what the nodes wrote to PREFIX-0, PREFIX-1, ... agrees; 75 where a signal asked to stop
+again RUN [LOGS]         the last words of the ranks in LOGS-*.log, and whether a crashed attempt may be repeated
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,23 +25,36 @@ from megaboat.errors import BadInput
 
 CRASHES, STARTS = 3, 10  # attempts of one job without a newer checkpoint
 CLOCK_SECONDS = 30.0
-MUST_AGREE = ("python", "megaboat", "torch", "deepspeed", "code")
+BUSY_SHARE = 0.1  # of a GPU's memory: more than a driver and a display take
+MUST_AGREE = ("python", "megaboat", "torch", "deepspeed", "code", "files")
+ASKED_TO_STOP = 75  # EX_TEMPFAIL
+WORDS = 4  # different last lines of ranks that are shown
 
 
 def main(arguments: list[str]) -> int:
     """Run one check; 2 and one line where it fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=("node", "compare", "again"))
-    parser.add_argument("subject", type=Path, help="RUN or PREFIX")
-    parser.add_argument("number", type=int, nargs="?", default=1, help="TASKS or NODES")
+    checks = parser.add_subparsers(dest="check", required=True)
+    node = checks.add_parser("node")
+    node.add_argument("run", type=Path)
+    node.add_argument("tasks", type=int)
+    node.add_argument("files", type=Path, nargs="*")
+    compare = checks.add_parser("compare")
+    compare.add_argument("prefix", type=Path)
+    compare.add_argument("nodes", type=int)
+    again = checks.add_parser("again")
+    again.add_argument("run", type=Path)
+    again.add_argument("logs", type=Path, nargs="?")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.check == "node":
-            print(json.dumps(describe_node(chosen.subject, chosen.number)), flush=True)
+            print(json.dumps(describe_node(chosen.run, chosen.tasks, chosen.files)), flush=True)
         elif chosen.check == "compare":
-            compare_nodes(chosen.subject, chosen.number)
+            return ASKED_TO_STOP if compare_nodes(chosen.prefix, chosen.nodes) else 0
         else:
-            note_attempt(chosen.subject, "crash", dict(os.environ))
+            for line in last_words(chosen.logs) if chosen.logs else []:
+                print(line)
+            note_attempt(chosen.run, "crash", dict(os.environ))
     except BadInput as error:
         print(f"launch: {error}")
         return error.exit_code
@@ -73,7 +89,20 @@ def newest_step(run: Path) -> int:
         return 0
 
 
-def describe_node(run: Path, tasks: int) -> dict[str, Any]:
+def last_words(logs: Path) -> list[str]:
+    """The different last lines of the ranks' logs, those first that the fewest ranks said: a rank that failed by
+    itself says something else than those that lost it."""
+    said: dict[str, list[str]] = {}
+    for path in sorted(logs.parent.glob(f"{logs.name}-*.log")):
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        words = re.sub(r"^[\d:]+ (\[rank \d+\] )?", "", lines[-1]) if lines else "nothing"
+        said.setdefault(words, []).append(path.stem.rpartition("-")[2])
+    rarest = sorted(said.items(), key=lambda item: len(item[1]))[:WORDS]
+    names = {words: ", ".join(ranks[:8]) + ", ..." * (len(ranks) > 8) for words, ranks in rarest}
+    return [f"launch: rank {names[words]}: {words[:300]}" for words in names]
+
+
+def describe_node(run: Path, tasks: int, files: list[Path]) -> dict[str, Any]:
     """What must be alike on all nodes, and what must be there."""
     problems = []
     gpus = _gpus()
@@ -81,6 +110,8 @@ def describe_node(run: Path, tasks: int) -> dict[str, Any]:
         problems.append(f"{len(gpus)} GPUs for {tasks} ranks")
     if not run.is_dir() or not os.access(run, os.W_OK):
         problems.append(f"{run} is missing or not writable: is it on a shared file system?")
+    hidden = [path for path in files if not os.access(path, os.R_OK)]
+    problems += [f"cannot read {path}: is it on a shared file system?" for path in hidden]
     return {
         "host": socket.gethostname(),
         "python": sys.version.split()[0],
@@ -88,14 +119,19 @@ def describe_node(run: Path, tasks: int) -> dict[str, Any]:
         "torch": _version("torch"),
         "deepspeed": _version("deepspeed"),
         "code": str(Path(__file__).parents[1]),
+        "files": {} if problems else {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "gpus": gpus,
         "clock": time.time(),
+        "signals": [number.name for number in signal.sigpending() if isinstance(number, signal.Signals)],
         "problems": problems,
     }
 
 
-def compare_nodes(prefix: Path, nodes: int) -> None:
-    """Raises BadInput naming the nodes that differ from the first, lack something or gave no line."""
+def compare_nodes(prefix: Path, nodes: int) -> list[str]:
+    """Print what the nodes have in common. Returns the signals that some node received.
+
+    Raises BadInput naming the nodes that differ from the first, lack something or gave no line.
+    """
     texts = [path.read_text() for path in sorted(prefix.parent.glob(f"{prefix.name}-*"))]
     reports = [json.loads(text) for text in texts if text.startswith("{")]
     if len(reports) < nodes:
@@ -107,10 +143,32 @@ def compare_nodes(prefix: Path, nodes: int) -> None:
             raise BadInput(f"node {report['host']}: {'; '.join(report['problems'])}")
         for key in MUST_AGREE:
             if report[key] != first[key]:
-                raise BadInput(f"{key} is {report[key]} on {report['host']}, {first[key]} on {first['host']}")
+                raise BadInput(f"{key}: {_value(report, first, key)}")
     clocks = sorted((report["clock"], report["host"]) for report in reports)
-    if clocks[-1][0] - clocks[0][0] > CLOCK_SECONDS:
-        print(f"the clocks of {clocks[0][1]} and {clocks[-1][1]} differ by {clocks[-1][0] - clocks[0][0]:.0f} s")
+    late = clocks[-1][0] - clocks[0][0]
+    print(f"{nodes} nodes alike: Python {first['python']}, torch {first['torch']}; {_memory(reports)}")
+    if late > CLOCK_SECONDS:
+        print(f"warning: the clocks of {clocks[0][1]} and {clocks[-1][1]} differ by {late:.0f} s")
+    return sorted({name for report in reports for name in report["signals"]})
+
+
+def _value(report: dict[str, Any], first: dict[str, Any], key: str) -> str:
+    if key != "files":
+        return f"{report[key]} on {report['host']}, {first[key]} on {first['host']}"
+    name = next(name for name in first[key] if report[key][name] != first[key][name])
+    return f"{name} on {report['host']} is not the one on {first['host']}"
+
+
+def _memory(reports: list[dict[str, Any]]) -> str:
+    """The least free memory of all GPUs; a warning for each that another process uses."""
+    gpus = [(gpu, number, report["host"]) for report in reports for number, gpu in enumerate(report["gpus"])]
+    for gpu, number, host in gpus:
+        if gpu["used"] > BUSY_SHARE * gpu["total"]:
+            print(f"warning: GPU {number} of {host} has {gpu['used']:,} of {gpu['total']:,} MiB in use already")
+    if not gpus:
+        return "no GPUs"
+    least = min(gpu["total"] - gpu["used"] for gpu, _, _ in gpus)
+    return f"{len(gpus)} GPUs ({gpus[0][0]['name']}), {least:,} MiB free on the fullest"
 
 
 def _version(distribution: str) -> str | None:
@@ -120,14 +178,19 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _gpus() -> list[str]:
-    """Name and memory of each visible GPU; empty without NVIDIA's tool."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader"]
+def _gpus() -> list[dict[str, Any]]:
+    """Name and MiB of each visible GPU; empty without NVIDIA's tool."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return done.stdout.strip().splitlines()
+    rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
+    return [{"name": name, "total": _number(total), "used": _number(used)} for name, total, used in rows]
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0  # "[N/A]" where GPU and CPU share their memory
 
 
 if __name__ == "__main__":

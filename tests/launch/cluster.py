@@ -16,6 +16,7 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "munge", "ip", "unshare", "nsenter")
 FIRST_PORT = 18000
+PATIENCE = 400.0  # seconds that a test waits on a busy machine
 
 # cred_expire: how long a requeued job waits. Timers: a lost node is found after some 15 s instead of minutes.
 SLURM_CONF = """
@@ -94,7 +95,7 @@ class Cluster:
     def start(self) -> None:
         self._network()
         self._call("munged", "--force", *self._munge_files())
-        _until(lambda: self._ask("munge", "-n", "-S", str(self.folder / "munge.socket")) != "", 10, "munged")
+        _until(lambda: self._ask("munge", "-n", "-S", str(self.folder / "munge.socket")) != "", 60, "munged")
         self._call("slurmctld", "-i")
         for number in range(1, self.size + 1):
             self.power_on(f"mb{number}")
@@ -117,7 +118,7 @@ class Cluster:
         boot = (
             f"hostname {node}; mount --bind {self.folder}/hosts /etc/hosts; "
             f"mount --bind {self.folder}/nsswitch.conf /etc/nsswitch.conf; "
-            f"slurmd -D -N {node} & while :; do wait; sleep 1; done"
+            f"while :; do [ -e {self._dead(node)} ] || slurmd -D -N {node}; sleep 1; done"
         )
         spaces = ("unshare", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc")
         with (self.folder / f"node-{node}.log").open("ab") as log:
@@ -135,6 +136,22 @@ class Cluster:
         process = self._nodes.pop(node)
         process.kill()
         process.wait()
+
+    def kill_slurmd(self, node: str) -> None:
+        """End the node's daemon; the jobs on it live on, unseen."""
+        self._dead(node).touch()
+        words = {b"slurmd", b"-N", node.encode()}
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in (path / "environ").read_bytes().split(b"\0")
+                if ours and words <= set((path / "cmdline").read_bytes().split(b"\0")):
+                    os.kill(int(path.name), signal.SIGKILL)
+
+    def start_slurmd(self, node: str) -> None:
+        self._dead(node).unlink()
+
+    def _dead(self, node: str) -> Path:
+        return self.folder / f"{node}.dead"
 
     def cut(self, node: str) -> None:
         self._call("ip", "link", "set", f"{self._tag}{node.removeprefix('mb')}", "down")
@@ -170,7 +187,7 @@ class Cluster:
         """PENDING, RUNNING, COMPLETED, ..."""
         return self._ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def wait(self, job: str, states: tuple[str, ...], seconds: float) -> str:
+    def wait(self, job: str, states: tuple[str, ...], seconds: float = PATIENCE) -> str:
         """The first of `states` that the job is seen in."""
         over = {*states, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"}
         _until(lambda: self.state(job) in over, seconds, f"job {job} in {states}")

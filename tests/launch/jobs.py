@@ -10,7 +10,7 @@ import yaml
 from megaboat.data.ledger import Entry
 from tests.engine.conftest import tiny_tree
 from tests.engine.runs import losses, metrics
-from tests.launch.cluster import Cluster, until
+from tests.launch.cluster import PATIENCE, Cluster, until
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=10")
@@ -22,13 +22,13 @@ class Job:
     def __init__(self, cluster: Cluster, number: str, out: Path, log: Path) -> None:
         self.cluster, self.number, self.out, self.log = cluster, number, out, log
 
-    def wait(self, *states: str, seconds: float = 150) -> str:
+    def wait(self, *states: str, seconds: float = PATIENCE) -> str:
         try:
             return self.cluster.wait(self.number, states, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.said()}") from None
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = PATIENCE) -> None:
         def reached() -> bool:
             path = self.out / "metrics.jsonl"
             return path.is_file() and path.read_text().count("\n") >= step

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from megaboat.engine.ranks import free_port
+from megaboat.engine.stop import is_done
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import tiny_config, tiny_tree
 from tests.engine.runs import losses, train_on_rank, write_config
-from tests.launch.cluster import Cluster, until
+from tests.launch.cluster import PATIENCE, Cluster, until
 from tests.launch.jobs import ROOT, check_whole, submit
 
 pytestmark = pytest.mark.slow
@@ -66,10 +68,10 @@ def test_stopped_in_every_way_and_still_one_run(
     job.wait_for_step(job.outcome()["step"] + 20)
     cluster.run("scontrol", "requeue", job.number)
     job.wait("PENDING")
-    until(lambda: "SIGTERM" in job.outcome()["reason"], 20, "checkpoint")
+    until(lambda: "SIGTERM" in job.outcome()["reason"], PATIENCE, "checkpoint")
     job.wait_for_step(job.outcome()["step"] + 20)
     urgent = cluster.sbatch("--nodes=3", "--exclusive", "--wrap=sleep 1", cwd=tmp_path)
-    cluster.wait(urgent, ("RUNNING", "COMPLETED"), 60)
+    cluster.wait(urgent, ("RUNNING", "COMPLETED"))
     assert "SIGTERM" in job.outcome()["reason"]
     job.wait("COMPLETED")
     assert check_whole(job.out, STEPS) == pytest.approx(curve, rel=1e-5)
@@ -91,9 +93,9 @@ def test_a_lost_node_is_replaced_and_its_ranks_write_no_more(
     assert f"is in use by SLURM job {job.number}" in rival.said()
     cluster.cut(node)
     try:
-        job.wait("PENDING", seconds=60)
+        job.wait("PENDING")
         assert all(Path(f"/proc/{number}").exists() for number in lost), "the lost ranks live"
-        until(lambda: not any(Path(f"/proc/{number}").exists() for number in lost), 120, "end of the lost ranks")
+        until(lambda: not any(Path(f"/proc/{number}").exists() for number in lost), PATIENCE, "end of the lost ranks")
     finally:
         cluster.mend(node)
     logs = "".join(path.read_text() for path in (job.out / "logs").glob(f"{job.number}.0.1-*.log"))
@@ -104,18 +106,46 @@ def test_a_lost_node_is_replaced_and_its_ranks_write_no_more(
     job.wait("PENDING")
     cluster.run("scancel", job.number)
     check_whole(job.out, job.outcome()["step"])
-    until(lambda: cluster.idle() == cluster.size, 60, "the mended node")
+    until(lambda: cluster.idle() == cluster.size, PATIENCE, "the mended node")
+
+
+def test_a_daemon_dies_and_fewer_nodes_go_on(
+    cluster: Cluster, dataset_folder: Path, tmp_path: Path, curve: list[float]
+) -> None:
+    """With slurmd gone alone, its ranks and the batch shell live on; ELASTIC lets the next attempt have one node."""
+    blocker = cluster.sbatch("--nodes=1", "--exclusive", "--wrap=sleep 1000", cwd=tmp_path)
+    cluster.wait(blocker, ("RUNNING",))
+    changes = {"train__steps": STEPS, "train__save_every": 20}
+    options = ("--nodes=1-2", "--ntasks-per-node=1", "--export=ALL,ELASTIC=1")
+    job = submit(cluster, tmp_path, dataset_folder, *options, **changes)
+    job.wait_for_step(30)
+    nodes = cluster.run("squeue", "--noheader", f"--jobs={job.number}", "--format=%N").strip()
+    first = cluster.run("scontrol", "show", "hostnames", nodes).split()[0]
+    lost = ranks_on(first)
+    assert len(lost) == 1
+    cluster.kill_slurmd(first)
+    try:
+        job.wait("COMPLETED")
+        until(lambda: not Path(f"/proc/{lost[0]}").exists(), PATIENCE, "end of the lost rank")
+    finally:
+        cluster.start_slurmd(first)
+        cluster.run("scancel", blocker)
+    assert "restart 0: 2 x 1 ranks" in job.said()
+    assert "restart 1: 1 x 1 ranks" in job.said()
+    assert check_whole(job.out, STEPS) == pytest.approx(curve, rel=1e-5)
+    assert cluster.run("squeue", "--noheader", "--format=%i").split() in ([], [blocker]), "no second job was submitted"
+    until(lambda: cluster.idle() == cluster.size, PATIENCE, "the node")
 
 
 def test_a_rank_that_is_stopped_is_named(cluster: Cluster, dataset_folder: Path, tmp_path: Path) -> None:
-    changes = {"train__steps": STEPS, "train__save_every": 20, "train__hang_seconds": 5}
+    changes = {"train__steps": STEPS, "train__save_every": 20, "train__hang_seconds": 20}
     job = submit(cluster, tmp_path, dataset_folder, "--ntasks-per-node=1", **changes)
     job.wait_for_step(30)
     stopped = next(ranks for node in ("mb3", "mb2") if (ranks := ranks_on(node)))
     os.kill(stopped[0], signal.SIGSTOP)
-    until(lambda: "try 1: crashed" in job.said(), 60, "end of the try")
+    until(lambda: "try 1: crashed" in job.said(), PATIENCE, "end of the try")
     log = (job.out / "log.txt").read_text()
-    assert "no progress for 5 s: rank " in log
+    assert "no progress for 20 s: rank " in log
     assert "gave no report" in log
     assert len(list((job.out / "hang").glob("*.stacks"))) >= 1, "of each rank that can run"
     job.wait("COMPLETED")
@@ -127,7 +157,7 @@ def test_a_crash_loop_ends(cluster: Cluster, dataset_folder: Path, tmp_path: Pat
     broken.write_text(f'#!/bin/bash\n[[ $* == *"megaboat train"* ]] && exit 9\nexec {sys.executable} "$@"\n')
     broken.chmod(0o755)
     job = submit(cluster, tmp_path, dataset_folder, f"--export=ALL,PYTHON={broken}")
-    job.wait("FAILED", seconds=60)
+    job.wait("FAILED")
     assert "3 attempts crashed without a checkpoint after step 0: not tried again" in job.said()
     assert job.said().count("crashed; logs in") == 3
 
@@ -144,30 +174,50 @@ def test_a_mistake_ends_in_one_line(
     cluster: Cluster, dataset_folder: Path, tmp_path: Path, override: str, said: str
 ) -> None:
     job = submit(cluster, tmp_path, dataset_folder, overrides=(override,))
-    job.wait("FAILED", seconds=30)
+    job.wait("FAILED")
     complaints = [line for line in job.said().splitlines() if line.startswith("megaboat launch: ")]
     assert len(complaints) == 1
     assert said in complaints[0]
     assert not (tmp_path / "run").exists(), "no rank was started"
 
 
+def test_what_slurm_would_refuse_is_not_submitted(cluster: Cluster, dataset_folder: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "tiny.yaml", tiny_tree(dataset_folder, tmp_path / "run"))
+    done = launch(cluster, config, "--partition=nope", "--gpus-per-node=0")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "megaboat launch: SLURM refuses the job: invalid partition specified: nope"
+    assert not (tmp_path / "run").exists()
+    shown = launch(cluster, config, "--dry-run", "--gpus-per-node=0", "--sweep", "train.seed=0,1,2")
+    assert "#SBATCH --array=0-2%3" in shown.stdout
+    assert "#SBATCH --signal=USR2@300" in shown.stdout or "#SBATCH --signal=USR1@300" in shown.stdout
+
+
 def test_a_sweep_runs_what_is_missing(cluster: Cluster, dataset_folder: Path, tmp_path: Path) -> None:
-    first = submit_sweep(cluster, tmp_path, dataset_folder, "0,1")
-    assert first.stdout.count("job ") == 2, first.stderr
+    """Six points in one array, two at once; the array is killed half-way and submitted again."""
+    first = submit_sweep(cluster, tmp_path, dataset_folder)
+    assert first.stdout.count("job ") == 6, first.stderr
     number = first.stdout.split()[1].split("_")[0]
-    cluster.wait(f"{number}_0", ("COMPLETED",), 150)
-    cluster.wait(f"{number}_1", ("COMPLETED",), 150)
-    again = submit_sweep(cluster, tmp_path, dataset_folder, "0,1,2")
-    assert again.stdout.count("is done") == 2
-    assert again.stdout.count("job ") == 1
-    cluster.run("scancel", again.stdout.split("job ")[1].split(":")[0])
-    assert len(losses(tmp_path / "run" / "train.seed=1")) == 10
+    folders = [tmp_path / "run" / f"train.seed={seed}" for seed in range(6)]
+    until(lambda: sum(is_done(folder, 10) for folder in folders) >= 3, PATIENCE, "three points that are done")
+    cluster.run("scancel", number)
+    until(
+        lambda: number not in cluster.run("squeue", "--noheader", "--format=%F").split(), PATIENCE, "end of the array"
+    )
+    before = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in folders if is_done(folder, 10)}
+    assert 3 <= len(before) < 6
+    again = submit_sweep(cluster, tmp_path, dataset_folder)
+    assert again.stdout.count("is done") == len(before)
+    assert again.stdout.count("job ") == 6 - len(before)
+    until(lambda: all(is_done(folder, 10) for folder in folders), PATIENCE, "all points")
+    assert {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in before} == before
+    assert [len(losses(folder)) for folder in folders] == [10] * 6
+    assert submit_sweep(cluster, tmp_path, dataset_folder).stdout.count("is done") == 6
 
 
-def submit_sweep(cluster: Cluster, folder: Path, data: Path, seeds: str) -> "subprocess.CompletedProcess[str]":
+def submit_sweep(cluster: Cluster, folder: Path, data: Path) -> "subprocess.CompletedProcess[str]":
     config = write_config(folder / "tiny.yaml", tiny_tree(data, folder / "run", train__steps=10))
-    options = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--sweep", f"train.seed={seeds}")
-    return launch(cluster, config, *options)
+    options = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--share", "--at-once=2")
+    return launch(cluster, config, *options, "--sweep", "train.seed=0,1,2,3,4,5")
 
 
 def launch(cluster: Cluster, config: Path, *options: str) -> "subprocess.CompletedProcess[str]":
@@ -201,9 +251,10 @@ def test_every_way_to_start_gives_the_same_losses(cluster: Cluster, dataset_fold
     job.wait("COMPLETED")
     config = tmp_path / "tiny.yaml"
     size = ("--tasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
-    queued = launch(cluster, config, "--nodes=2", *size, f"train.out={tmp_path / 'submitit'}")
+    queued = launch(cluster, config, "--nodes=2", "--chain=2", *size, f"train.out={tmp_path / 'submitit'}")
     assert queued.returncode == 0, queued.stderr
-    cluster.wait(queued.stdout.split()[1].strip(":"), ("COMPLETED",), 120)
+    number, successor = re.findall(r"^job (\d+): ", queued.stdout, re.MULTILINE)
+    cluster.wait(number, ("COMPLETED",))
     torchrun(config, tmp_path / "torchrun")
     local = launch(cluster, config, "--local", *size, f"train.out={tmp_path / 'local'}")
     assert local.returncode == 0, local.stdout + local.stderr
@@ -211,6 +262,7 @@ def test_every_way_to_start_gives_the_same_losses(cluster: Cluster, dataset_fold
     run_on_ranks(train_on_rank, 1, alone)
     by_srun = check_whole(job.out, 10)
     assert losses(tmp_path / "submitit") == by_srun, "the same four ranks"
+    cluster.wait(successor, ("COMPLETED",))  # which found nothing left to do
     assert losses(tmp_path / "torchrun") == by_srun, "the same four ranks"
     assert losses(tmp_path / "local") == pytest.approx(by_srun, rel=1e-6), "two ranks"
     assert losses(tmp_path / "alone") == pytest.approx(by_srun, rel=1e-6)
