@@ -87,6 +87,10 @@ class Engine:
         """After a micro-batch that is not the last one of its step: DeepSpeed counts them in `step`."""
         self._engine.step()
 
+    def close(self) -> None:
+        """Let go of the model, so that another engine can follow in this process; the model stays usable."""
+        self._engine.destroy()
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The full gradient of each parameter after the last micro-batch, before `step`. For tests."""
         for name, parameter in self.names.items():

@@ -208,16 +208,10 @@ def _measure(
         model.compile_layers()
     with forced(model, micro_batch * length, ratio, pattern, ranks.device):
         engine = Engine(model, config, ranks)
-        engine.train()
-        for _ in range(WARM_UP):
-            _step(engine, config, ranks)
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = []
-        for _ in range(sizes.steps):
-            begin = time.perf_counter()
-            flops, activation = _step(engine, config, ranks)
-            seconds.append(time.perf_counter() - begin)
+        try:
+            seconds, flops, activation = _timed(engine, config, ranks, sizes.steps)
+        finally:
+            engine.close()
     median = statistics.median(seconds)
     peak = peak_flops(ranks.device)
     return Row(
@@ -232,6 +226,21 @@ def _measure(
         torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0,
         flops / median / peak if peak else None,
     )
+
+
+def _timed(engine: Engine, config: RunConfig, ranks: Ranks, steps: int) -> tuple[list[float], float, float | None]:
+    """Seconds of each step, and the operations and activation of the last."""
+    engine.train()
+    for _ in range(WARM_UP):
+        flops, activation = _step(engine, config, ranks)
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        flops, activation = _step(engine, config, ranks)
+        seconds.append(time.perf_counter() - begin)
+    return seconds, flops, activation
 
 
 def _step(engine: Engine, config: RunConfig, ranks: Ranks) -> tuple[float, float | None]:

@@ -1,5 +1,8 @@
 """`bench train` on a CPU at toy size: every row by the real engine, and none of a model that is wrong."""
 
+import dataclasses
+import weakref
+
 import pytest
 import torch
 
@@ -51,6 +54,25 @@ def test_every_row_is_measured(limit: int) -> None:
     assert all(row.tokens_per_second > 0 and row.mfu is None and not row.recomputed for row in rows)
     assert "x Llama" in bench_train.HEADER
     assert line(rows[0], rows).split()[-3] == "1.00"
+
+
+def alive_after_a_row(ranks: Ranks, zero: int) -> int:
+    seen: list[weakref.ref] = []
+    build = bench_train.build_model
+    bench_train.build_model = lambda *args: (model := build(*args), seen.append(weakref.ref(model)))[0]
+    try:
+        sizes = dataclasses.replace(TOY, zero=zero)
+        bench_train._measure("seqboat", TOY.families["seqboat"], 32, 0.25, "runs", (2, False), sizes, ranks)
+    finally:
+        bench_train.build_model = build
+    bench_train._free()
+    return sum(model() is not None for model in seen)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_row_leaves_no_model_behind(zero: int) -> None:
+    """Two models of a billion parameters do not fit beside each other."""
+    assert run_on_ranks(alive_after_a_row, 1, zero) == [0]
 
 
 def test_runs_have_the_ratio_and_the_length_that_they_say() -> None:
