@@ -15,6 +15,7 @@ FLOORS = {
     "kernels": 1,
     "layers": 2,
     "model": 3,
+    "parallel": 4,
     "data": 5,
     "engine": 6,
     "tools": 7,

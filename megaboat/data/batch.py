@@ -48,6 +48,25 @@ class Batch:
         """The batch in parts of `rows` rows, the last one perhaps smaller."""
         return [self._part(first, min(first + rows, self.rows)) for first in range(0, self.rows, rows)]
 
+    def piece(self, number: int, pieces: int) -> "Batch":
+        """One of equal pieces of every row, for ranks that share rows; positions go on where the piece begins."""
+        if pieces == 1:
+            return self
+        length = self.tokens_BT.shape[1]
+        size = length // pieces
+        columns = slice(number * size, (number + 1) * size)
+        borders = self.cu_seqlens[:-1].long()
+        inside = borders[(borders % length > columns.start) & (borders % length < columns.stop)]
+        inside = inside // length * size + inside % length - columns.start
+        ends = torch.arange(self.rows + 1, device=borders.device) * size
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT[:, columns],
+            targets_BT=self.targets_BT[:, columns],
+            positions_BT=self.positions_BT[:, columns],
+            cu_seqlens=torch.cat([inside, ends]).sort().values.to(self.cu_seqlens.dtype),
+        )
+
     def _part(self, first: int, last: int) -> "Batch":
         length = self.tokens_BT.shape[1]
         low, high = torch.searchsorted(

@@ -46,6 +46,7 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
     config.check_world(ranks.size)
     dataset = _open_data(config)
     config = _with_vocabulary(config, dataset)
+    config.check_world(ranks.size)  # now with the vocabulary
     watchdog = Watchdog(config.train.out, ranks, config.train.hang_seconds)
     with watchdog:
         connect(ranks)
@@ -68,6 +69,7 @@ def _open_owned(
     fence: Fence | None,
     pictures: Pictures | None,
 ) -> Trainer:
+    ranks = ranks.in_mesh(config.parallel.tensor, config.parallel.sequence)
     watchdog.beat("read checkpoint")
     checkpoint = _agreed_checkpoint(config, ranks)
     if checkpoint is not None:
@@ -78,8 +80,8 @@ def _open_owned(
         config.data,
         dataset,
         config.train.global_batch,
-        ranks.rank,
-        ranks.size,
+        ranks.data_rank,
+        ranks.data_size,
         consumed_windows=checkpoint.state["data"]["consumed_windows"] if checkpoint else 0,
         total_windows=config.train.steps * config.train.global_batch,
     )

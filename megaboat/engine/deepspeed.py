@@ -2,7 +2,7 @@
 
 Parameters are fp32 whatever the precision of training; bf16 is DeepSpeed's `torch_autocast`, since its bf16 mode would
 cast EMA and configurator parameters too. Optimizer states are read and written as full named tensors, so that a
-checkpoint does not depend on the ZeRO stage or the number of ranks that wrote it.
+checkpoint does not depend on the ZeRO stage, the tensor parallelism or the number of ranks that wrote it.
 """
 
 import logging
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from megaboat.engine.optim import parameter_groups
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
+from megaboat.model.seqboat import SeqBoat
+from megaboat.parallel import sequence, tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,11 +46,47 @@ def connect(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
+class Mesh:
+    """What DeepSpeed asks a model-parallel unit (`mpu`): ZeRO works among replicas, norms add up the parts."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def get_model_parallel_rank(self) -> int:
+        return self._ranks.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._ranks.tensor
+
+    def get_model_parallel_group(self) -> Any:
+        return self._ranks.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._ranks.replica
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._ranks.replicas
+
+    def get_data_parallel_group(self) -> Any:
+        return self._ranks.replica_group
+
+
 class Engine:
-    """A model under DeepSpeed with AdamW: forward, backward, step, and its state as full named tensors."""
+    """A model under DeepSpeed with AdamW: forward, backward, step, and its state as full named tensors.
+
+    Takes a whole model; with tensor parallelism it keeps this rank's part.
+    """
 
     def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
-        micro_steps = config.train.global_batch // (config.train.micro_batch * ranks.size)
+        micro_steps = config.train.global_batch // (config.train.micro_batch * ranks.data_size)
+        self._group = ranks.tensor_group
+        self._cut: dict[str, int] = {}
+        if self._group is not None:
+            assert isinstance(model, SeqBoat), "check_world refuses tensor parallelism for others"
+            self._cut = tensor.shard(model, self._group)
+        if ranks.sequence_group is not None:
+            assert isinstance(model, SeqBoat), "as it does sequence parallelism"
+            sequence.join(model, ranks.sequence_group)
         groups = parameter_groups(model, config.optim.weight_decay)
         optimizer = torch.optim.AdamW(
             groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=ranks.device.type == "cuda"
@@ -56,7 +94,11 @@ class Engine:
         self.stage = config.parallel.zero
         self.names = dict(model.named_parameters())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=_settings(config, micro_steps), dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            config=_settings(config, micro_steps),
+            mpu=Mesh(ranks) if self._group is not None else None,
+            dist_init_required=False,
         )
         self._create_states()
 
@@ -94,21 +136,23 @@ class Engine:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The full gradient of each parameter after the last micro-batch, before `step`. For tests."""
         for name, parameter in self.names.items():
-            yield name, safe_get_full_grad(parameter)
+            yield name, self._whole(name, safe_get_full_grad(parameter))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter in full, fp32. All ranks take part, one parameter after the other."""
         for name, parameter in self.names.items():
-            yield name, parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            mine = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            yield name, self._whole(name, mine)
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's two moments in full, under `exp_avg.NAME` and `exp_avg_sq.NAME`. All ranks take part."""
         for name, parameter in self.names.items():
             for key in MOMENTS:
                 if self.stage == 0:
-                    yield f"{key}.{name}", self._optimizer.state[parameter][key]
+                    mine = self._optimizer.state[parameter][key]
                 else:
-                    yield f"{key}.{name}", safe_get_full_optimizer_state(parameter, key)
+                    mine = safe_get_full_optimizer_state(parameter, key)
+                yield f"{key}.{name}", self._whole(name, mine)
 
     def set_moments(self, full: Any, updates: int) -> None:
         """Take the moments from `full[name]` (tensors as `moments` gives them) after `updates` steps of AdamW."""
@@ -116,7 +160,7 @@ class Engine:
             state["step"].fill_(updates)
         for name, parameter in self.names.items():
             for key in MOMENTS:
-                self._set_moment(parameter, key, full[f"{key}.{name}"])
+                self._set_moment(parameter, key, self._part(name, full[f"{key}.{name}"]))
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self.stage == 0:
@@ -150,8 +194,22 @@ class Engine:
         return list(self._inner().state.values())
 
     def _norm_without_zero(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self.names.values() if parameter.grad is not None]
-        return nn.utils.get_total_norm(gradients)
+        gradients = {name: p.grad for name, p in self.names.items() if p.grad is not None}
+        norm = nn.utils.get_total_norm([gradient for name, gradient in gradients.items() if name not in self._cut])
+        if self._group is None:
+            return norm
+        parts = nn.utils.get_total_norm([gradient for name, gradient in gradients.items() if name in self._cut])
+        return torch.linalg.vector_norm(torch.cat([tensor.whole(parts[None], 0, self._group), norm[None]]))
+
+    def _whole(self, name: str, mine: Tensor) -> Tensor:
+        if self._group is None or name not in self._cut:
+            return mine
+        return tensor.whole(mine, self._cut[name], self._group)
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        if self._group is None or name not in self._cut:
+            return whole
+        return tensor.part(whole, self._cut[name], self._group).contiguous()
 
 
 def _own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:
@@ -169,5 +227,9 @@ def _settings(config: RunConfig, micro_steps: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": config.parallel.zero},
-        "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": config.train.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": ["torch.nn.Linear", "megaboat.parallel.tensor.RowParallelLinear"],
+        },
     }

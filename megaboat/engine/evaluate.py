@@ -37,11 +37,11 @@ def evaluate(
     """
     sums = {}
     for source in dataset.splits.get(split, []):
-        batches = evaluation_batches(config, dataset, split, source, rows, ranks.rank, ranks.size, max_tokens)
+        batches = evaluation_batches(config, dataset, split, source, rows, ranks.data_rank, ranks.data_size, max_tokens)
         parts = []
         for batch in batches:
             at_batch()
-            parts.append(_sums(forward, batch.to(ranks.device)))
+            parts.append(_sums(forward, batch.piece(ranks.sequence_rank, ranks.sequence).to(ranks.device)))
         total = torch.stack(parts).sum(0)
         text = dataset.source(split, source)
         sums[source] = (ranks.sum(total).tolist(), text.n_text_bytes / max(1, text.n_tokens))
@@ -53,7 +53,7 @@ def evaluate(
 
 def documents(batch: Batch) -> Documents:
     """The batch's document borders as the model takes them."""
-    return Documents.packed(batch.positions_BT, batch.cu_seqlens)
+    return Documents(batch.positions_BT == 0, batch.positions_BT, batch.cu_seqlens)
 
 
 def _sums(forward: Forward, batch: Batch) -> Tensor:

@@ -62,7 +62,8 @@ class StepSums:
         tail = torch.tensor([self._tokens, number, seconds, *crcs], dtype=torch.float64, device=mine.device)
         everyone = ranks.gather(torch.cat([mine, tail])[None]).cpu()
         sums, tails = everyone[:, : len(mine)], everyone[:, len(mine) :]
-        total = sums.sum(0)
+        copies = slice(None, None, ranks.tensor)  # the ranks of a copy counted the same
+        total = sums[copies].sum(0)
         shape = self._shape()
         rows, pairs = total[2:].view(2, *shape)
         busy, attended = sums[:, 2:].unflatten(1, (2, rows.numel())).sum(2).unbind(1)
@@ -70,10 +71,10 @@ class StepSums:
         return GlobalSums(
             nll=float(total[0]),
             targets=float(total[1]),
-            tokens=int(tails[:, 0].sum()),
+            tokens=int(tails[copies, 0].sum()),
             work=Work(rows, pairs),
             imbalance=float(busy.max() / busy.mean()) if busy.sum() > 0 else 1.0,
-            crcs=[int(crc) for crc in tails[:, 3:].flatten().tolist()],
+            crcs=[int(crc) for crc in tails[:: ranks.tensor * ranks.sequence, 3:].flatten().tolist()],
             signal=next((signal.Signals(number).name for number in signals if number), None),
             seconds_R=tails[:, 2].tolist(),
             flops_R=self._flops(tails[:, 0], busy, attended),

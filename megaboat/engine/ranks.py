@@ -4,7 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -23,24 +23,77 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all; all of them are data-parallel."""
+    """This process among all, and its place in the mesh of data x sequence x tensor, the last one innermost.
+
+    The ranks of a tensor group hold one copy of the model together, read the same data and draw the same dropout.
+    The copies of a sequence group read the same rows, each its own piece of them. Before `in_mesh` every rank is a copy
+    of its own.
+    """
 
     rank: int
     size: int
     device: torch.device
+    tensor: int = 1
+    """How many ranks hold one copy of the model."""
+    sequence: int = 1
+    """How many copies share a row."""
+    tensor_group: dist.ProcessGroup | None = None
+    """This rank's copy of the model; None: it holds a whole one."""
+    sequence_group: dist.ProcessGroup | None = None
+    """The ranks that hold the same part of the model and other pieces of the same rows; None: this one alone."""
+    replica_group: dist.ProcessGroup | None = None
+    """The ranks that hold the same part as this one; None: all ranks."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def replica(self) -> int:
+        """Which copy of the model this rank belongs to."""
+        return self.rank // self.tensor
+
+    @property
+    def replicas(self) -> int:
+        return self.size // self.tensor
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.replica % self.sequence
+
+    @property
+    def data_rank(self) -> int:
+        """Which rows this rank reads, of `data_size` shares."""
+        return self.replica // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        return self.replicas // self.sequence
+
+    def in_mesh(self, tensor: int, sequence: int = 1) -> "Ranks":
+        """This rank in groups of `tensor` neighbours, and of `sequence` neighbouring copies. Once connected."""
+        mesh = torch.arange(self.size).view(-1, sequence, tensor)
+        return replace(
+            self,
+            tensor=tensor,
+            sequence=sequence,
+            tensor_group=_my_group(mesh.flatten(0, 1)) if tensor > 1 else None,
+            sequence_group=_my_group(mesh.transpose(1, 2).flatten(0, 1)) if sequence > 1 else None,
+            replica_group=_my_group(mesh.flatten(0, 1).T) if tensor > 1 else None,
+        )
+
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
+        """The sum over replicas, in place."""
+        if self.replicas > 1:
+            dist.all_reduce(values, group=self.replica_group)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """The tensors of all ranks (equal shapes), concatenated in the order of ranks."""
+        """The tensors of all ranks (equal shapes), concatenated in the order of ranks; a tensor group's repeat."""
         if self.size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -63,6 +116,11 @@ class Ranks:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def _my_group(groups: Tensor) -> dist.ProcessGroup:
+    """Make a process group of each line of ranks; every rank takes part. Returns this rank's."""
+    return dist.new_subgroups_by_enumeration(groups.tolist())[0]
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,8 @@ from megaboat.data.config import DataConfig
 from megaboat.engine.optim import OptimConfig
 from megaboat.errors import BadInput
 from megaboat.model.config import ModelConfig, SeqBoatConfig
+from megaboat.parallel import sequence as pieces
+from megaboat.parallel import tensor as cut
 
 
 class TrainConfig(Section):
@@ -48,6 +50,10 @@ class ParallelConfig(Section):
 
     zero: Literal[0, 1, 2, 3] = 1
     """DeepSpeed's stage: 1 cuts optimizer states over the ranks, 2 gradients too, 3 parameters too."""
+    tensor: int = pydantic.Field(1, gt=0)
+    """Ranks that hold one copy of the model together, cut by heads, hidden channels and vocabulary; neighbours."""
+    sequence: int = pydantic.Field(1, gt=0)
+    """Copies of the model that share each row, cut into equal pieces: for rows that one GPU cannot hold."""
 
 
 class RunConfig(Section):
@@ -59,11 +65,23 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
 
-    def check_world(self, data_parallel: int) -> None:
-        """Raises BadInput when the batch cannot be dealt to the ranks."""
-        rows = data_parallel * self.train.micro_batch
-        if self.train.global_batch % rows:
+    def check_world(self, ranks: int) -> None:
+        """Raises BadInput when the model or the batch cannot be dealt to the ranks."""
+        tensor, sequence = self.parallel.tensor, self.parallel.sequence
+        lengths = {self.data.row_len or self.data.seq_len, *(p.row_len for p in self.data.phases if p.row_len)}
+        obstacle = cut.obstacle(self.model, tensor) or pieces.obstacle(self.model, lengths, sequence)
+        if obstacle is not None:
+            raise BadInput(obstacle)
+        together = tensor * sequence
+        if ranks % together:
             raise BadInput(
-                f"train.global_batch {self.train.global_batch} is not a multiple of {data_parallel} ranks x "
+                f"{ranks} ranks are not a multiple of parallel.tensor {tensor} x parallel.sequence {sequence}"
+            )
+        shares = ranks // together
+        rows = shares * self.train.micro_batch
+        if self.train.global_batch % rows:
+            dealt = f"{ranks} ranks" if together == 1 else f"{shares} shares of the data ({together} ranks each)"
+            raise BadInput(
+                f"train.global_batch {self.train.global_batch} is not a multiple of {dealt} x "
                 f"train.micro_batch {self.train.micro_batch}; set global_batch to a multiple of {rows}"
             )

@@ -96,10 +96,10 @@ class Trainer:
         """One optimizer step on one global batch. Returns the name of a signal that any rank received."""
         started = time.perf_counter()
         self.watchdog.beat("data")
-        batch = next(self.loader)
+        batch = next(self.loader).piece(self.ranks.sequence_rank, self.ranks.sequence)
         waited = time.perf_counter() - started
-        # Dropout draws the same after a resume, but not on another number of ranks.
-        torch.manual_seed(hash((self.config.train.seed, self.step, self.ranks.rank)))
+        # Dropout draws the same after a resume and on all ranks of a copy, but not on another number of copies.
+        torch.manual_seed(hash((self.config.train.seed, self.step, self.ranks.replica)))
         sums = self._forward_backward(batch)
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         self.watchdog.beat("gather")
@@ -124,7 +124,7 @@ class Trainer:
         """Gradients of the mean loss over the targets of all ranks: normalised by the global count, never per rank."""
         self.engine.train()
         targets = self.ranks.sum((batch.targets_BT != IGNORE).sum().to(self.ranks.device))
-        scale = self.ranks.size / targets  # DeepSpeed divides the sum over ranks by their number
+        scale = self.ranks.replicas / targets  # DeepSpeed divides the sum over replicas by their number
         sums = StepSums(self.config)
         rows_a_window = batch.rows // len(batch.crcs)
         parts = batch.micro_batches(self.config.train.micro_batch * rows_a_window)

@@ -5,6 +5,7 @@ from megaboat.kernels.ema import ema
 from megaboat.kernels.gate import silu_gate
 from megaboat.kernels.join import join_rows
 from megaboat.kernels.loss import linear_cross_entropy, token_nll
+from megaboat.kernels.loss_sharded import sharded_cross_entropy, sharded_token_nll
 from megaboat.kernels.margin import margins
 from megaboat.kernels.norm import layer_norm
 from megaboat.kernels.rotary import rotary_heads
@@ -23,6 +24,8 @@ __all__ = [
     "margins",
     "plan_rows",
     "rotary_heads",
+    "sharded_cross_entropy",
+    "sharded_token_nll",
     "silu_gate",
     "token_nll",
     "windowed_attention",

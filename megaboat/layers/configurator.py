@@ -1,6 +1,7 @@
 """The latent configurator: which modules a token activates, and with what confidence. SeqBoat, section 3."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ class Configurator(nn.Module):
         self.logits = PreciseLinear(width, 2 * modules)
         self.log_temperature = nn.Parameter(torch.empty(modules))
         self.register_buffer("center_D", torch.zeros(width))
+        self.agree: Callable[[Tensor], Tensor] | None = None
+        """Makes one decision of the decisions that several holders of the layer took on the same tokens."""
 
     def forward(self, h_XD: Tensor, active_XM: Tensor | None = None) -> Routing:
         """Decide for each token, or keep the decisions `active_XM` (a recomputation must not flip them)."""
@@ -52,6 +55,7 @@ class Configurator(nn.Module):
             margin_XM = self.logits(h_XD, self.center_D)
             if active_XM is None:
                 active_XM = margin_XM.detach() > 0
+                active_XM = active_XM if self.agree is None else self.agree(active_XM)
             confidence_XM = torch.sigmoid(margin_XM / self.log_temperature.exp()) * active_XM
         return Routing(active_XM, confidence_XM, margin_XM)
 

@@ -1,5 +1,7 @@
 """Multi-dimensional damped EMA (MD-EMA): the linear state-space layer that sees every token. MEGA, section 3.2."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,8 @@ class DampedEMA(nn.Module):
         self.expansion = nn.Parameter(torch.empty(width, order))
         self.projection = nn.Parameter(torch.empty(width, order))
         self.skip = nn.Parameter(torch.empty(width))
+        self.arrive: Callable[..., Tensor] | None = None
+        """Where rows are pieces of longer ones: the state before each row, of `kernels.ema`'s first five arguments."""
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """decay (D, N) in (0, 1) and weight (D, N), as `kernels.ema` takes them."""
@@ -35,6 +39,8 @@ class DampedEMA(nn.Module):
         """Returns y_BTD and the state after each row's last token."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             decay_DN, weight_DN = self.coefficients()
+            if self.arrive is not None:
+                state_BDN = self.arrive(x_BTD, decay_DN, weight_DN, self.skip, first_BT)
             return kernels.ema(x_BTD, decay_DN, weight_DN, self.skip, first_BT, state_BDN, silu=True)
 
     def step(self, x_BD: Tensor, state_BDN: Tensor) -> tuple[Tensor, Tensor]:

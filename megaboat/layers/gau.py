@@ -1,5 +1,7 @@
 """The Gated Attention Unit (Hua et al. 2022) over active rows: one shared z for queries and keys, gated values."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,11 +34,15 @@ class GatedAttentionUnit(nn.Module):
         self.bias_q = nn.Parameter(torch.empty(heads, qk_dim))
         self.scale_k = nn.Parameter(torch.empty(heads, qk_dim))
         self.bias_k = nn.Parameter(torch.empty(heads, qk_dim))
+        self.recall: Callable[..., WorkingMemory] | None = None
+        """Where rows are pieces of longer ones: the memory before each row, of `WorkingMemory.extend`'s arguments."""
 
     def forward(self, h_RD: Tensor, rows: ActiveRows, docs: Documents, memory: WorkingMemory | None = None) -> Tensor:
         """(R, D) -> (R, D). Runs on zero rows too, so that its parameters are always in the autograd graph."""
         z_RZ, v_RE = F.silu(self.z(h_RD)), F.silu(self.v(h_RD))
         positions_R = docs.positions_BT.reshape(-1)[rows.token_R]
+        if self.recall is not None:
+            memory = self.recall(z_RZ, v_RE, positions_R, rows, docs)
         q_RGZ = self._head(z_RZ, self.scale_q, self.bias_q, positions_R)
         if memory is None:
             keys, cu_k = KeyRows(z_RZ, v_RE, positions_R, rows.cu_seqlens), None

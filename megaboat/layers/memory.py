@@ -24,10 +24,16 @@ class KeyRows:
 
 
 class WorkingMemory:
-    """A ring of S slots for each of B sequences; its size never changes."""
+    """A ring of S slots for each of B sequences; its size never changes.
 
-    def __init__(self, rows: int, window: int, qk_dim: int, value_dim: int, like: Tensor) -> None:
+    What it remembers carries no gradient unless `keep_graph`.
+    """
+
+    def __init__(
+        self, rows: int, window: int, qk_dim: int, value_dim: int, like: Tensor, keep_graph: bool = False
+    ) -> None:
         slots = window + 1
+        self.keep_graph = keep_graph
         self.z_BSZ = like.new_zeros(rows, slots, qk_dim)
         self.v_BSE = like.new_zeros(rows, slots, value_dim)
         self.positions_BS = torch.zeros(rows, slots, dtype=torch.int64, device=like.device)
@@ -84,8 +90,9 @@ class WorkingMemory:
         source_BS = (end_B - self.count_B)[:, None] + slot
         filled_BS = slot < self.count_B[:, None]
         source_BS = torch.where(filled_BS, source_BS, len(keys.positions_K))  # one row of zeros past the end
-        self.z_BSZ = _padded(keys.z_KZ)[source_BS].detach()
-        self.v_BSE = _padded(keys.v_KE)[source_BS].detach()
+        self.z_BSZ, self.v_BSE = _padded(keys.z_KZ)[source_BS], _padded(keys.v_KE)[source_BS]
+        if not self.keep_graph:
+            self.z_BSZ, self.v_BSE = self.z_BSZ.detach(), self.v_BSE.detach()
         self.positions_BS = _padded(keys.positions_K)[source_BS]
 
 

@@ -1,12 +1,21 @@
 """The chunked linear cross-entropy against torch's, with ignored targets and chunks that do not divide."""
 
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from megaboat.kernels import linear_cross_entropy, loss, reference, token_nll
+from megaboat.kernels import (
+    linear_cross_entropy,
+    loss,
+    reference,
+    sharded_cross_entropy,
+    sharded_token_nll,
+    token_nll,
+)
 from tests.kernels.checks import DEVICES, assert_as_exact_as_torch, error, outputs_and_gradients
 
 
@@ -51,3 +60,34 @@ def test_loss_in_fp64_and_token_nll(device: str) -> None:
     assert (nll_X[(targets_X == -100).to(device)] == 0).all()
     assert error(nll_X, truth) < 1e-6
     assert error(linear_cross_entropy(**on_device, targets_X=targets_X.to(device)), truth.sum()) < 1e-12
+
+
+def test_a_cut_vocabulary_gives_the_same_loss_and_gradients() -> None:
+    """Two holders, a thread each, with unequal parts of the vocabulary."""
+    inputs, targets_X = loss_inputs(50, 0.3)
+    whole = {name: value.requires_grad_() for name, value in inputs.items()}
+    total = linear_cross_entropy(**whole, targets_X=targets_X)
+    expected = torch.autograd.grad(total, list(whole.values()))
+    barrier, slots = threading.Barrier(2), [torch.empty(0)] * 2
+    cut = whole["weight_VD"].detach().split([10, len(whole["weight_VD"]) - 10])
+
+    def hold(p: int) -> tuple[Tensor, ...]:
+        def together(mine: Tensor) -> Tensor:
+            slots[p] = mine
+            barrier.wait(timeout=30)
+            stacked = torch.stack(slots)
+            barrier.wait(timeout=30)
+            return stacked
+
+        h_XD, weight_VD = whole["h_XD"].detach().requires_grad_(), cut[p].clone().requires_grad_()
+        found = sharded_cross_entropy(h_XD, weight_VD, targets_X, p * 10, together)
+        nll_X = sharded_token_nll(h_XD, weight_VD, targets_X, p * 10, together)
+        return found.detach(), nll_X, *torch.autograd.grad(found, [h_XD, weight_VD])
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(hold, range(2)))
+    for found, nll_X, *_ in parts:
+        assert error(found, total) < 1e-12
+        assert error(nll_X, reference.linear_cross_entropy(**whole, targets_X=targets_X)) < 1e-6
+    assert error(parts[0][2] + parts[1][2], expected[0]) < 1e-12
+    assert error(torch.cat([parts[0][3], parts[1][3]]), expected[1]) < 1e-12

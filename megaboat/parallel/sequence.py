@@ -1,0 +1,118 @@
+"""Sequence parallelism: a row is cut into equal pieces, one a rank; the model is whole on every rank.
+
+Only two things cross a border, in each layer: the EMA's state (D x N) and the last W activated rows before the
+attention's affine maps (Z + E numbers each). Every rank gathers those of all pieces and takes what lies before its own,
+which may come from several pieces back where few tokens are activated. Decisions, norms and linear maps see one token.
+
+    received a layer, row and rank, for S ranks:  (S - 1) (4 D N + 2 W (Z + E)) bytes in bf16, whatever the row's length
+"""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaboat import kernels
+from megaboat.kernels import ActiveRows
+from megaboat.layers.documents import Documents
+from megaboat.layers.ema import DampedEMA
+from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.layers.memory import WorkingMemory
+from megaboat.model.config import ModelConfig, SeqBoatConfig
+from megaboat.model.seqboat import SeqBoat
+
+
+def join(model: SeqBoat, group: dist.ProcessGroup) -> None:
+    """From now on the rows that this rank reads are its pieces of the rows of `group`."""
+    for module in model.modules():
+        if isinstance(module, DampedEMA):
+            module.arrive = partial(arriving_state, group=group)
+        elif isinstance(module, GatedAttentionUnit):
+            module.recall = partial(earlier_rows, window=module.window, group=group)
+
+
+def obstacle(config: ModelConfig, lengths: set[int], sequence: int) -> str | None:
+    """Why rows of these lengths cannot be cut over `sequence` ranks, with the numbers; None where they can."""
+    if sequence > 1 and not isinstance(config, SeqBoatConfig):
+        return f"parallel.sequence {sequence} is for model.family seqboat, not {config.family}; set parallel.sequence=1"
+    uneven = min((length for length in lengths if length % sequence), default=None)
+    return (
+        None
+        if uneven is None
+        else f"rows of {uneven} tokens cannot be cut into parallel.sequence {sequence} equal pieces"
+    )
+
+
+def arriving_state(
+    x_BTD: Tensor, decay_DN: Tensor, weight_DN: Tensor, skip_D: Tensor, first_BT: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """The EMA's state before this rank's piece, (B, D, N): each piece is read once from an empty state, then
+
+    arriving_s = decay^T arriving_(s-1) [no document begins in piece s-1] + state_(s-1)
+    """
+    _, state_BDN = kernels.ema(x_BTD, decay_DN, weight_DN, skip_D, first_BT)
+    states_SBDN = _Gather.apply(state_BDN, group)
+    through_SB = _gather((~first_BT.any(1)).to(decay_DN), group)
+    smallest = torch.finfo(decay_DN.dtype).tiny
+    kept_DN = torch.exp(x_BTD.shape[1] * decay_DN.clamp_min(smallest).log())
+    arriving_BDN = states_SBDN[:0].sum(0)  # zero, yet every rank's gradient comes back through the gather
+    for s in range(dist.get_rank(group)):
+        arriving_BDN = kept_DN * through_SB[s, :, None, None] * arriving_BDN + states_SBDN[s]
+    return arriving_BDN
+
+
+def earlier_rows(
+    z_RZ: Tensor,
+    v_RE: Tensor,
+    positions_R: Tensor,
+    rows: ActiveRows,
+    docs: Documents,
+    window: int,
+    group: dist.ProcessGroup,
+) -> WorkingMemory:
+    """The last `window` activated rows before this rank's piece, of the document that its first token continues."""
+    B, Z = docs.shape[0], z_RZ.shape[1]
+    memory = WorkingMemory(B, window - 1, Z, v_RE.shape[1], z_RZ, keep_graph=True)
+    memory.extend(z_RZ, v_RE, positions_R, rows, docs)  # an empty memory: what it keeps is this piece's own end
+    rows_SBWF = _Gather.apply(torch.cat([memory.z_BSZ, memory.v_BSE], -1), group)
+    through_B1 = ~docs.first_BT.any(1, keepdim=True)
+    facts = _gather(torch.cat([memory.positions_BS, memory.count_B[:, None], through_B1], 1), group)
+    positions_SBW, count_SB, through_SB = facts[..., :window], facts[..., window], facts[..., window + 1].bool()
+
+    before = torch.arange(len(facts), device=facts.device)[:, None] < dist.get_rank(group)
+    # A piece's end is in sight if no document begins in the pieces between.
+    blocked_SB = (before & ~through_SB).int().flip(0).cumsum(0).flip(0) - (before & ~through_SB).int()
+    slot = torch.arange(window, device=facts.device)
+    seen_BSW = ((slot < count_SB[..., None]) & (before & (blocked_SB == 0))[..., None]).transpose(0, 1)
+    seen_BK = seen_BSW.flatten(1)
+    found_B = seen_BK.sum(1)
+    memory.count_B = found_B.clamp_max(window)
+    place_BW = ((found_B - memory.count_B)[:, None] + slot).clamp_max(seen_BK.shape[1] - 1)
+    index_BW = seen_BK.logical_not().int().argsort(dim=1, stable=True).gather(1, place_BW)
+    batch_B1 = torch.arange(B, device=facts.device)[:, None]
+    memory.positions_BS = positions_SBW.transpose(0, 1).flatten(1)[batch_B1, index_BW]
+    taken_BWF = rows_SBWF.transpose(0, 1).flatten(1, 2)[batch_B1, index_BW]
+    memory.z_BSZ, memory.v_BSE = taken_BWF[..., :Z], taken_BWF[..., Z:]
+    return memory
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+class _Gather(torch.autograd.Function):
+    """The tensors of all ranks, stacked; each rank's gradient is the sum of what all ranks found for it."""
+
+    @staticmethod
+    def forward(ctx, x, group):  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        dy = dy.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(dy, group=ctx.group)
+        return dy[dist.get_rank(ctx.group)], None

@@ -1,0 +1,87 @@
+"""Rows cut over two ranks: documents still do not leak, borders fall anywhere, and what cannot be cut is refused."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megaboat.config import build_config
+from megaboat.data.batch import Batch, assemble
+from megaboat.engine.evaluate import documents
+from megaboat.engine.ranks import Ranks
+from megaboat.engine.run_config import RunConfig
+from megaboat.errors import BadInput
+from megaboat.parallel import sequence
+from tests.distributed import run_on_ranks
+from tests.model.building import small_model, text_rows
+
+LENGTH = 48
+# Of the first row the first document ends behind the cut; the second row is one document.
+BORDERS = [[0, 30], [0]]
+
+
+def batch_of(tokens: Tensor) -> Batch:
+    return assemble(tokens.numpy(), [np.array(row) for row in BORDERS], np.zeros(2, np.int64), (0, 0), 0, LENGTH)
+
+
+def test_pieces_keep_tokens_positions_and_borders() -> None:
+    whole = batch_of(text_rows(2, LENGTH + 1))
+    pieces = [whole.piece(i, 3) for i in range(3)]
+    for name in ("tokens_BT", "targets_BT", "positions_BT"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces], 1), getattr(whole, name))
+    assert [piece.cu_seqlens.tolist() for piece in pieces] == [[0, 16, 32], [0, 14, 16, 32], [0, 16, 32]]
+    first = torch.cat([documents(piece).first_BT for piece in pieces], 1)
+    assert first.nonzero().tolist() == [[0, 0], [0, 30], [1, 0]]
+
+
+def read_with_another_first_document(ranks: Ranks) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For two texts before the second document of row 0: nll and decisions behind it, the gradient before it."""
+    model = small_model(heads=2, ffn_dim=64)
+    ranks = ranks.in_mesh(1, ranks.size)
+    if ranks.sequence_group is not None:
+        sequence.join(model, ranks.sequence_group)
+    model.checkpoint_activations = True
+    found, embedded = [], []
+    model.embedding.register_forward_hook(lambda module, inputs, output: embedded.append(output))
+    tokens = text_rows(2, LENGTH + 1)
+    for _ in range(2):
+        batch = batch_of(tokens)
+        batch.targets_BT[0, :30] = -100
+        piece = batch.piece(ranks.sequence_rank, ranks.sequence)
+        out = model(piece.tokens_BT, documents(piece), piece.targets_BT)
+        (gradient,) = torch.autograd.grad(out.nll, embedded[-1])
+        nll = model(piece.tokens_BT, documents(piece), piece.targets_BT, per_token=True).nll
+        active = torch.stack([routing.active_XM.view_as(piece.tokens_BT) for routing in out.routings])
+        found.append((nll.detach(), active, gradient[0]))
+        tokens[0, :30] = torch.randint(256, (30,), generator=torch.Generator().manual_seed(5))
+    return found
+
+
+def test_documents_do_not_leak_over_a_cut() -> None:
+    (one,) = run_on_ranks(read_with_another_first_document, 1)
+    pieces = run_on_ranks(read_with_another_first_document, 2)
+    (nll, active, gradient), (changed, changed_active, _) = (
+        tuple(torch.cat(parts, dim) for parts, dim in zip(zip(*texts, strict=True), (1, 2, 0), strict=True))
+        for texts in zip(*pieces, strict=True)
+    )
+    torch.testing.assert_close((nll, gradient), (one[0][0], one[0][2]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(active, one[0][1])
+    torch.testing.assert_close(changed, nll, rtol=0, atol=1e-5)
+    assert torch.equal(changed_active[:, 0, 30:], active[:, 0, 30:])
+    assert torch.equal(changed_active[:, 1], active[:, 1])
+    assert not gradient[:30].any(), "the second document's loss reached the first"
+    assert gradient[30:].any()
+
+
+@pytest.mark.parametrize(
+    ("tree", "wrong"),
+    [
+        ({"data": {"seq_len": 50}}, r"rows of 50 tokens cannot be cut into parallel.sequence 4 equal pieces"),
+        ({"data": {"seq_len": 64, "row_len": 2}}, r"rows of 2 tokens cannot be cut into parallel.sequence 4"),
+        ({"model": {"family": "llama"}}, "parallel.sequence 4 is for model.family seqboat"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(tree: dict, wrong: str) -> None:
+    config = build_config(RunConfig, tree | {"parallel": {"sequence": 4}}, "test")
+    with pytest.raises(BadInput, match=wrong):
+        config.check_world(4)
