@@ -51,7 +51,7 @@ check_nodes() {
     "$python" -m megaboat.tools.preflight compare "$run/logs/$job.node" "$nodes"
     case $? in
     0) ;;
-    75) if [ -n "$terminated" ]; then exit 0; else requeue; fi ;;
+    75) if [ -n "$terminated" ]; then exit 0; else say "a signal came during the check" && requeue; fi ;;
     *) exit 2 ;;
     esac
 }

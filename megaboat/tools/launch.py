@@ -221,8 +221,8 @@ def _ask_slurm(script: str) -> None:
     """Raises BadInput where SLURM would refuse the job: an unknown partition or account, more than the nodes have."""
     done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1].rpartition(": ")[2] if done.stderr.strip() else "no reason given"
-        raise BadInput(f"SLURM refuses the job: {reason}")
+        said = re.search(r"(?:error|failure): (.*)", done.stderr)  # the first line names the value
+        raise BadInput(f"SLURM refuses the job: {said[1] if said else done.stderr.strip() or 'no reason given'}")
 
 
 def _enqueue(executor: Any, jobs: list[Task]) -> list[Any]:
