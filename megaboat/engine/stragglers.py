@@ -2,8 +2,8 @@
 
 The time of a rank's forward passes is taken as a + b x its realised FLOPs. Within one rank the work differs from step
 to step only by what was activated: that gives b, whatever the rank's hardware. What a rank takes beyond the median
-rank's a, at its own work, is its slowness. Forward passes do not wait for other ranks, except under ZeRO-3, where all
-ranks gather parameters: there a slow rank shows less.
+rank's a, at its own work, is its slowness. Forward passes do not wait for other ranks, except under ZeRO-3 and where
+ranks share a copy or a row: there a slow rank shows less, and so do the ranks that share with it.
 """
 
 import time

@@ -148,10 +148,18 @@ def check_config(path: Path, overrides: list[str], nodes: int, tasks: int, elast
             f"'pile/*.jsonl.zst' --tokenizer FILE --out {config.data.path or 'DIR'}`, or name another with DATA=DIR"
         )
     open_dataset(config.data.path, "off")
-    usable = [n for n in range(nodes, 0, -1) if config.train.global_batch % (n * tasks * config.train.micro_batch) == 0]
-    if not elastic or not usable:
-        config.check_world(nodes * tasks)
-    return Checked(config.train.out, config.data.path, usable[0], config.train.steps)
+    fitting = (n for n in range(nodes, 0, -1) if _fits(config, n * tasks))
+    usable = next(fitting, nodes) if elastic else nodes
+    config.check_world(usable * tasks)
+    return Checked(config.train.out, config.data.path, usable, config.train.steps)
+
+
+def _fits(config: RunConfig, ranks: int) -> bool:
+    try:
+        config.check_world(ranks)
+    except BadInput:
+        return False
+    return True
 
 
 def sweep_points(axes: list[str]) -> list[tuple[str, ...]]:

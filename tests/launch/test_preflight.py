@@ -114,6 +114,9 @@ def test_an_elastic_job_takes_the_nodes_that_fit(dataset_folder: Path, tmp_path:
     assert check_config(path, [], nodes=3, tasks=1, elastic=True).nodes == 2
     with pytest.raises(BadInput, match="4 is not a multiple of 3 ranks"):
         check_config(path, [], nodes=3, tasks=1)
+    assert check_config(path, ["parallel.tensor=2"], nodes=3, tasks=1, elastic=True).nodes == 2
+    with pytest.raises(BadInput, match=r"3 ranks are not a multiple of parallel\.tensor 2"):
+        check_config(path, ["parallel.tensor=2"], nodes=3, tasks=1)
     expected = f"run={tmp_path}/run data={dataset_folder} nodes=2 tasks_per_node=2"
     assert check_job(path, [], JOB) == expected
     (tmp_path / "run").mkdir(exist_ok=True)
