@@ -191,9 +191,9 @@ def _inline(image: bytes) -> str:
 def _next_steps(run: Run) -> str:
     folder = escape(shlex.quote(str(run.folder)))
     commands = (
-        f"megaboat generate {folder} --prompt 'def '      # let it write\n"
-        f"tensorboard --logdir {folder}/tensorboard      # the same curves, live\n"
-        f"megaboat convert to-hf {folder} --out export   # for transformers, with torch alone"
+        f"# let it write\nmegaboat generate {folder} --prompt 'def '\n\n"
+        f"# the same curves, live\ntensorboard --logdir {folder}/tensorboard\n\n"
+        f"# for transformers, with torch alone\nmegaboat convert to-hf {folder} --out export"
     )
     return f"<pre>{commands}</pre>"
 
