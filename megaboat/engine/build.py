@@ -105,7 +105,10 @@ def _open_owned(
     if checkpoint is not None:
         get_logger().info("resumed %s at step %d", config.train.out, step)
     if not dataset.splits.get("val"):
-        get_logger().warning("%s holds no validation text: nothing will be evaluated", dataset.path)
+        get_logger().warning(
+            "%s holds no validation text: nothing will be evaluated (data prepare --val-per-10k keeps some back)",
+            dataset.path,
+        )
     hooks = _hooks(config, ranks, pictures)
     return Trainer(config, ranks, dataset, engine, loader, ledger, fence, watchdog, hooks, step)
 
