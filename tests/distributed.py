@@ -1,8 +1,10 @@
 """Run a function on n processes joined by gloo, as n ranks of a job would."""
 
+import itertools
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import time
 import traceback
@@ -14,8 +16,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from megaboat.engine.ranks import free_port
+from megaboat.engine.ranks import job_port
 
+_TURNS = itertools.count()
 # A server that has imported torch and DeepSpeed once forks each rank in milliseconds instead of seconds. DeepSpeed
 # imports the muon module when an engine is made: it is decorated with torch.compile, so all of inductor comes with it.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -28,12 +31,13 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 600.0) -> list[Any]:
     """The results of `function(ranks, *arguments)` on each of `size` ranks; raises what the first failing rank raised.
 
-    `function` stands at the top of a module. The process group is up when it is called and gone afterwards.
+    `function` stands at the top of a module. The process group is up when it is called and gone afterwards. `timeout`
+    is for a hang alone, and long enough for a machine that does much else.
     """
-    port = free_port()
+    port = meeting_port()
     deadline = time.monotonic() + timeout
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
     with tempfile.TemporaryDirectory() as extensions:
@@ -61,9 +65,20 @@ def _result(rank: int, receiver: Connection, deadline: float) -> Any:
     return value
 
 
+def meeting_port() -> int:
+    """A free port that the kernel gives to nobody else before rank 0 listens on it."""
+    while True:
+        port = job_port(os.getpid(), next(_TURNS), 0)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return port
+
+
 def start_commands(size: int, folder: Path, *arguments: str) -> list[ForkServerProcess]:
     """`megaboat ARGUMENTS` as `size` ranks that the caller may kill; what they print goes to `folder/rank-N.log`."""
-    port = free_port()
+    port = meeting_port()
     places = [(rank, size, port, str(folder / "extensions")) for rank in range(size)]
     processes = [_CONTEXT.Process(target=_command, args=(place, folder, arguments)) for place in places]
     for process in processes:
@@ -102,7 +117,7 @@ def _rank(function: Callable[..., Any], place: tuple[int, int, int, str], argume
     torch.set_num_threads(1)
     try:
         ranks = this_process()
-        connect(ranks, timeout=timedelta(seconds=60))
+        connect(ranks, timeout=timedelta(seconds=300))
         _send(sender, function(ranks, *arguments), None)
         torch.distributed.destroy_process_group()
     except BaseException:

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ending(code: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-X", "faulthandler", "-c", code, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
 
 
 @pytest.mark.slow

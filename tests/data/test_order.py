@@ -33,7 +33,7 @@ def test_the_order_is_pinned() -> None:
     assert make_order().plan_id(10_000) == PINNED_PLAN
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(count=st.integers(1, 3000), label=st.text(st.characters(codec="utf-8"), max_size=8))
 def test_permute_is_a_permutation(count: int, label: str) -> None:
     assert np.array_equal(np.sort(permute(np.arange(count), count, label)), np.arange(count))
@@ -141,7 +141,7 @@ def test_sources_shorter_than_two_windows_are_refused() -> None:
         ContiguousOrder("x", 4096, 1024, rows=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30).filter(lambda weights: sum(weights) > 0))
 def test_slots_fill_the_cycle_and_follow_the_weights(weights: list[float]) -> None:
     slots = slots_of(weights)

@@ -19,6 +19,7 @@ from tests.corpus import real_texts, write_jsonl
 
 STEPS = 240
 KILLS = 20
+AT_ONCE = 11  # steps of one attempt, which then waits to be killed: the run never ends first, however slow the killer
 
 RUN = """
 import json, os, sys, time
@@ -28,7 +29,7 @@ from megaboat.data.dataset import open_dataset
 from megaboat.data.ledger import Ledger, step_crc
 from megaboat.data.loader import Loader
 
-data, run, world, steps, pause = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5]), float(sys.argv[5])
+data, run, world, steps, at_once = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
 checkpoint = run / "state.json"
 state = json.loads(checkpoint.read_text()) if checkpoint.exists() else None
 config = DataConfig(seq_len=64, mask_first_target=True)
@@ -38,7 +39,8 @@ if state:
     for loader in ranks:
         loader.check_resume(state)
 ledger = Ledger(run / "data_ledger.jsonl")
-for step in range(state["step"] + 1 if state else 1, steps + 1):
+first = state["step"] + 1 if state else 1
+for step in range(first, steps + 1):
     parts = [next(loader) for loader in ranks]
     crc = step_crc([c for part in parts for c in part.crcs])
     ledger.append(step, parts[0].first_window, crc)
@@ -46,7 +48,9 @@ for step in range(state["step"] + 1 if state else 1, steps + 1):
         temporary = run / "state.tmp"
         temporary.write_text(json.dumps(ranks[0].state(step, crc)))
         temporary.rename(checkpoint)
-    time.sleep(pause)
+    time.sleep(0.01 if at_once else 0)
+    if at_once and step + 1 == first + at_once:
+        time.sleep(1000)
 """
 
 
@@ -57,8 +61,8 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
 
-    def command(name: str, world: int, pause: float) -> list[str]:
-        return [sys.executable, "-c", RUN, *map(str, (tmp_path / "data", tmp_path / name, world, STEPS, pause))]
+    def command(name: str, world: int, at_once: int) -> list[str]:
+        return [sys.executable, "-c", RUN, *map(str, (tmp_path / "data", tmp_path / name, world, STEPS, at_once))]
 
     subprocess.run(command("whole", 1, 0), check=True)
     chance = random.Random(0)
@@ -66,7 +70,7 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
     worlds, stops = [], []
     for kill in range(KILLS):
         worlds.append(1 + kill % 4)
-        process = subprocess.Popen(command("killed", worlds[-1], 0.01))
+        process = subprocess.Popen(command("killed", worlds[-1], AT_ONCE))
         size = ledger.stat().st_size if ledger.exists() else 0
         while process.poll() is None and (not ledger.exists() or ledger.stat().st_size == size):
             time.sleep(0.002)

@@ -22,7 +22,7 @@ TEXTS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(texts=TEXTS, block_tokens=st.integers(1, 200), blocks_per_shard=st.integers(1, 4))
 def test_texts_come_back_through_any_shards(texts: list[str], block_tokens: int, blocks_per_shard: int) -> None:
     """Through preparation and the loader's view, and the same through stock webdataset."""

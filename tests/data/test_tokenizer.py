@@ -36,7 +36,7 @@ def test_hard_texts_come_back(text: str, kind: str, tokenizer_file: Path) -> Non
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_unicode_comes_back(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -45,7 +45,7 @@ def test_any_unicode_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert ids.size == 0 or (ids.min() >= 3 and ids.max() < tokenizer.vocab_size)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text())
 def test_lines_join_to_the_text(text: str) -> None:
     lines = split_lines(text)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,22 @@ def start_command(*arguments: str) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def finish(command: "subprocess.Popen[str]", code: int = 0) -> str:
+    """Wait for the command to end with `code`; what it said on standard error. The limit is for a hang alone."""
+    _, messages = command.communicate(timeout=600)
+    assert command.returncode == code, messages
+    return messages
+
+
+def wait_for_step(out: Path, step: int, command: "subprocess.Popen[str]") -> None:
+    """Until the run in `out` has written so many steps."""
+    deadline = time.monotonic() + 600
+    while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_text().count("\n") < step:
+        assert command.poll() is None, f"the run ended before step {step}"
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.01)
 
 
 def write_config(path: Path, tree: dict[str, Any]) -> Path:

@@ -17,7 +17,7 @@ from megaboat.engine.run_config import RunConfig
 from tests.corpus import real_texts, write_jsonl
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import tiny_config, tiny_tree
-from tests.engine.runs import losses, start_command, train_on_rank, write_config
+from tests.engine.runs import finish, losses, start_command, train_on_rank, write_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
@@ -117,8 +117,7 @@ def test_a_tokenizer_that_does_not_match(trained: Path, dataset_folder: Path, tm
     before = snapshot(trained)
     tree = tiny_tree(tmp_path / "other", trained, train__steps=10)
     command = start_command("train", str(write_config(tmp_path / "run.yaml", tree)))
-    _, messages = command.communicate(timeout=120)
-    assert command.returncode == 2, messages
+    messages = finish(command, code=2)
     line = next(line for line in messages.splitlines() if line.startswith("megaboat train: "))
     assert "tokenizer" in line
     assert snapshot(trained) == before
@@ -142,8 +141,7 @@ def test_a_flipped_byte_in_a_shard_stops_with_3(dataset_folder: Path, tmp_path: 
         content[3000] ^= 1
         shard.write_bytes(content)
     command = start_command("train", str(write_config(tmp_path / "run.yaml", tiny_tree(copy, tmp_path / "run"))))
-    _, messages = command.communicate(timeout=120)
-    assert command.returncode == 3, messages
+    messages = finish(command, code=3)
     line = next(line for line in messages.splitlines() if line.startswith("megaboat train: "))
     assert ".tar" in line
     assert "block 0" in line

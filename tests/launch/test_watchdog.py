@@ -20,8 +20,8 @@ def sleeps_forever():
     time.sleep(1000)
 
 setup_logging()
-with Watchdog(Path(sys.argv[1]), Ranks(0, 1, torch.device("cpu")), 0.5, report_seconds=0.2) as watchdog:
-    for _ in watchdog.over(range(8), "save"):
+with Watchdog(Path(sys.argv[1]), Ranks(0, 1, torch.device("cpu")), 3, report_seconds=0.2) as watchdog:
+    for _ in watchdog.over(range(40), "save"):
         time.sleep(0.1)
     watchdog.beat("data")
     sleeps_forever()
@@ -53,10 +53,10 @@ def test_equal_counts_are_told_apart_by_what_they_do() -> None:
 
 def test_a_process_that_hangs_ends_with_its_stacks(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SLEEPER, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", SLEEPER, str(tmp_path)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == EXIT_CODE
-    assert "no progress for 0.5 s: rank 0 (" in done.stderr
+    assert "no progress for 3 s: rank 0 (" in done.stderr
     assert "in sleeps_forever" in done.stderr
     assert "sleeps_forever" in (tmp_path / "hang" / "rank-00000.stacks").read_text()
     assert json.loads((tmp_path / "hang" / "rank-00000.json").read_text())["place"] == "data"

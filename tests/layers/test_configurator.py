@@ -81,7 +81,7 @@ def test_the_configurator_learns_from_active_tokens_only() -> None:
     assert all(parameter.grad.count_nonzero() == 0 for parameter in configurator.parameters())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(u0=floats, u1=floats, theta=st.floats(-6, 6))
 def test_confidence_is_the_probability_of_an_activation(u0: float, u1: float, theta: float) -> None:
     """The decision is the argmax, whatever the temperature; a tie skips; c lies in {0} and (1/2, 1)."""
@@ -134,7 +134,7 @@ def squared_gradient(delta: float, theta: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([total.detach(), slope[0]]), c.detach()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(delta=st.floats(0.01, 8), theta=st.floats(-1, 2))
 def test_theorem_2_closed_form(delta: float, theta: float) -> None:
     """||grad||^2 = g^2 [c (1 - c)]^2 (2 + delta^2) / tau^2 and d log ||grad||^2 / d log tau = -2 + 2 a tanh(a / 2),

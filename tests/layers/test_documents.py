@@ -11,7 +11,7 @@ from tests.layers import naive
 from tests.model.building import pack
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(rows=st.lists(st.permutations([1, 2, 9, 4]), min_size=1, max_size=4))
 def test_packed_documents_begin_where_positions_are_zero(rows: list[list[int]]) -> None:
     docs = pack(rows)

@@ -46,7 +46,7 @@ def extend(memory: WorkingMemory, active: list[tuple[bool, bool]], start: int) -
     return [part.tolist() for part in keys.positions_K.split(keys.cu_seqlens.diff().tolist())]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(active=active_rows)
 def test_push_keeps_the_last_rows_of_each_sequence(active: list[tuple[bool, bool]]) -> None:
     memory, lists = new_memory(), ([], [])
@@ -57,7 +57,7 @@ def test_push_keeps_the_last_rows_of_each_sequence(active: list[tuple[bool, bool
             assert remembered(memory, row) == lists[row][-(WINDOW + 1) :]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(pieces=st.lists(st.tuples(st.booleans(), active_rows.filter(len)), min_size=1, max_size=4))
 def test_extend_puts_the_memory_in_front_and_remembers_the_last_rows(pieces: list) -> None:
     """In any mixture with pushes: keys are what the list holds, then the new rows, in order."""

@@ -84,7 +84,7 @@ def test_prefill_then_steps_is_the_whole(style: dict, dtype: torch.dtype) -> Non
 pieces = st.lists(st.tuples(st.sampled_from([chunk, stepped]), st.integers(1, 25)), min_size=1, max_size=7)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(pieces=pieces, window=st.sampled_from([1, 3, 12]))
 def test_any_mixture_of_chunks_and_steps_is_the_whole(pieces: list, window: int) -> None:
     model = small_model(dtype=torch.float64, layers=2, window=window)

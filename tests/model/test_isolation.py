@@ -110,7 +110,7 @@ layouts = st.lists(st.integers(1, 30), min_size=1, max_size=6).flatmap(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(rows=layouts)
 def test_packing_is_reading_each_document_alone(rows: list[list[int]]) -> None:
     model, docs = small_model(dtype=torch.float64, layers=2), pack(rows)

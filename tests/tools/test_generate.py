@@ -32,7 +32,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
     return "".join([*parts, stream.end()])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_the_stream_is_the_text(pieces: Tokenizer, text: str) -> None:
     for tokenizer in (pieces, open_tokenizer("bytes")):
@@ -44,7 +44,7 @@ def test_the_stream_is_the_text(pieces: Tokenizer, text: str) -> None:
             assert not any("\ufffd" in part for part in parts), "a broken character was shown"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ids=st.lists(st.one_of(st.sampled_from([0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0xC3]), st.integers(0, 255))))
 def test_broken_bytes_stream_as_they_decode(pieces: Tokenizer, ids: list[int]) -> None:
     assert streamed(open_tokenizer("bytes"), ids) == bytes(ids).decode(errors="replace")
