@@ -56,6 +56,8 @@ class Dataset:
                 "prepare the data again"
             )
         self.eos_id: int | None = self.index["eos_id"]
+        self.bos_id: int | None = self.index["bos_id"] if self.index["preprocess"]["options"].get("bos") else None
+        """Of documents that begin with it; None: they begin with their text."""
         self.splits: dict[str, list[str]] = {split: sorted(sources) for split, sources in self.index["splits"].items()}
         file = self.index["tokenizer"]["file"]
         self.tokenizer_path: Path | None = path / file if file else None
@@ -75,6 +77,11 @@ class Dataset:
         if key not in self._sources:
             self._sources[key] = TokenSource(self, split, name)
         return self._sources[key]
+
+    @property
+    def start_id(self) -> int | None:
+        """What is read before a document's text: bos where documents begin with it, else the eos of the one before."""
+        return self.eos_id if self.bos_id is None else self.bos_id
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -1,7 +1,8 @@
-"""Batches for evaluation: windows in order, each token scored once, the same number of batches on every rank."""
+"""Batches for evaluation, each token scored once: windows of the packed text in order, or documents one by one."""
 
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,72 @@ def evaluation_batches(
     windows = -(-(last - 1) // config.seq_len)
     for first in range(0, windows, rows * dp_size):
         yield _batch(config, tokens, number, first + dp_rank * rows, rows, last)
+
+
+def document_batches(
+    config: DataConfig, dataset: Dataset, split: str, source: str, rows: int, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Batches of up to `rows` windows over a source's documents, or its first `max_tokens` tokens, each read alone.
+
+    As the rolling log-likelihood of EleutherAI's lm-evaluation-harness has it: a document is read after `start_id`, all
+    of its text is scored and its end is not; of a long one the last window reaches back to be whole. Raises ValueError
+    where the tokenizer has no symbol to begin with.
+    """
+    if dataset.start_id is None:
+        raise ValueError("no symbol begins or ends a document, so nothing predicts its first token")
+    number = dataset.splits[split].index(source)
+    waiting: list[_Window] = []
+    for ids in _texts(dataset, dataset.source(split, source), max_tokens):
+        for window in _windows(np.concatenate([[dataset.start_id], ids]), config.seq_len):
+            waiting.append(window)
+            if len(waiting) == rows:
+                yield _batch_of(waiting, number)
+                waiting = []
+    if waiting:
+        yield _batch_of(waiting, number)
+
+
+class _Window(NamedTuple):
+    ids: np.ndarray
+    """Tokens, the last one being a target only."""
+    scored_from: int
+    """The first target that counts; those before it are context."""
+
+
+def _windows(ids: np.ndarray, length: int) -> Iterator[_Window]:
+    """Windows of up to `length` targets over a document; ids[0] is no target."""
+    targets = len(ids) - 1
+    for start in range(0, targets, length):
+        first = max(0, min(start, targets - length))
+        yield _Window(ids[first : first + length + 1], start - first)
+
+
+def _texts(dataset: Dataset, tokens: TokenSource, max_tokens: int | None) -> Iterator[np.ndarray]:
+    """The ids of each document's text, without bos and eos."""
+    start, last = 0, min(tokens.n_tokens, max_tokens or tokens.n_tokens)
+    for length in tokens.document_lengths().tolist():
+        if start >= last:
+            return
+        ids = tokens.read(start, min(length, last - start))
+        start += length
+        head = int(len(ids) > 0 and ids[0] == dataset.bos_id)
+        tail = int(len(ids) > head and ids[-1] == dataset.eos_id)
+        yield ids[head : len(ids) - tail]
+
+
+def _batch_of(windows: list[_Window], number: int) -> Batch:
+    """One window a row, each starting from an empty state."""
+    length = max(len(window.ids) for window in windows) - 1
+    window_NL = np.zeros((len(windows), length + 1), np.int64)
+    scored_NL = np.zeros((len(windows), length), bool)
+    for row, (ids, scored_from) in enumerate(windows):
+        window_NL[row, : len(ids)] = ids
+        scored_NL[row, scored_from : len(ids) - 1] = True
+    crcs = tuple(map(zlib.crc32, window_NL))
+    nowhere = [np.empty(0, np.int64)] * len(windows)
+    batch = assemble(window_NL, nowhere, np.full(len(windows), number), crcs, 0, length)
+    batch.targets_BT.numpy()[~scored_NL] = IGNORE
+    return batch
 
 
 def _batch(config: DataConfig, tokens: TokenSource, number: int, first: int, rows: int, last: int) -> Batch:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megaboat.data.batch import IGNORE, Batch
 from megaboat.data.config import DataConfig
 from megaboat.data.dataset import Dataset
-from megaboat.data.evaluation import evaluation_batches
+from megaboat.data.evaluation import document_batches, evaluation_batches
 from megaboat.engine.ranks import Ranks
 from megaboat.layers.documents import Documents
 from megaboat.model.seqboat import ModelOutput
@@ -28,23 +28,32 @@ def evaluate(
     max_tokens: int | None = None,
     split: str = "val",
     at_batch: Callable[[], None] = lambda: None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """`{"split", "domains": {source: figures}, "overall": figures}` with nll in nats a token, perplexity,
     bits_per_byte, tokens, bytes and activation_ratio (a list, by layer).
 
     `forward` is the model in evaluation mode, or the engine around it. Up to `max_tokens` of each source are read.
     `at_batch` is called before each batch, equally often on all ranks; what it raises ends the evaluation.
+    `alone`: documents one by one instead of the packed text, in one process (`document_batches` says how).
     """
+    assert not alone or ranks.size == 1, "documents are read by one process"
     sums = {}
     for source in dataset.splits.get(split, []):
-        batches = evaluation_batches(config, dataset, split, source, rows, ranks.data_rank, ranks.data_size, max_tokens)
+        text = dataset.source(split, source)
+        if alone:
+            batches = document_batches(config, dataset, split, source, rows, max_tokens)
+            borders = text.n_docs * sum(symbol is not None for symbol in (dataset.bos_id, dataset.eos_id))
+        else:
+            place = ranks.data_rank, ranks.data_size
+            batches = evaluation_batches(config, dataset, split, source, rows, *place, max_tokens)
+            borders = 0
         parts = []
         for batch in batches:
             at_batch()
             parts.append(_sums(forward, batch.piece(ranks.sequence_rank, ranks.sequence).to(ranks.device)))
         total = torch.stack(parts).sum(0)
-        text = dataset.source(split, source)
-        sums[source] = (ranks.sum(total).tolist(), text.n_text_bytes / max(1, text.n_tokens))
+        sums[source] = (ranks.sum(total).tolist(), text.n_text_bytes / max(1, text.n_tokens - borders))
     domains = {source: _figures(total, total[1] * bytes_a_token) for source, (total, bytes_a_token) in sums.items()}
     whole = [sum(column) for column in zip(*(total for total, _ in sums.values()), strict=True)]
     overall = _figures(whole, sum(figures["bytes"] for figures in domains.values()))

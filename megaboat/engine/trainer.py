@@ -173,12 +173,12 @@ class Trainer:
             return
         if self.ledger is not None:
             self.ledger.sync()
-        tokenizer = self.dataset.index["tokenizer"]
+        tokenizer = {key: self.dataset.index["tokenizer"][key] for key in ("name", "content_id")}
         state = {
             "step": self.step,
             "tokens": self.loader.consumed_windows * self.config.data.seq_len,
             "data": self.loader.state(self.step, self._last_crc),
-            "tokenizer": {"name": tokenizer["name"], "content_id": tokenizer["content_id"]},
+            "tokenizer": tokenizer | {"start_id": self.dataset.start_id},
             "vocab_size": self.dataset.vocab_size,
         }
         save_checkpoint(

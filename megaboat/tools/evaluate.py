@@ -3,6 +3,7 @@
 megaboat eval runs/quickstart                         the validation split of the data that it was trained on
 megaboat eval runs/quickstart --data corpora/other    another dataset made with the same tokenizer
 megaboat eval runs/quickstart --text novel.txt        a text of yours
+megaboat eval runs/quickstart --documents             each document alone, as `lm_eval` scores the export
 """
 
 import argparse
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--text", type=Path, metavar="FILE", help="a text (.txt) or Pile-style jsonl file instead")
     parser.add_argument("--split", default="val", help="default: val")
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="read at most N tokens of each source")
+    parser.add_argument(
+        "--documents",
+        action="store_true",
+        help="read each document alone, after the symbol that ends one, and score its text but not its end: the bits "
+        "per byte of EleutherAI's lm_eval (loglikelihood_rolling) with max_length=T",
+    )
     parser.add_argument("--seq-len", type=_positive, metavar="T", help="tokens in a row; default: as in training")
     parser.add_argument(
         "--baselines",
@@ -45,11 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     setup_logging()
-    if arguments.baselines and (arguments.text or arguments.max_tokens):
-        raise BadInput("--baselines reads a whole split, and learns from the training split beside it: without --text")
+    if arguments.baselines and (arguments.text or arguments.max_tokens or arguments.documents):
+        raise BadInput(
+            "--baselines reads a whole packed split, and learns from the training split beside it: without --text, "
+            "--max-tokens and --documents"
+        )
     loaded = load_run(arguments.run)
     with tempfile.TemporaryDirectory() as scratch:
         dataset = _dataset(arguments, loaded, Path(scratch))
+        if arguments.documents and dataset.start_id is None:
+            name = loaded.tokenizer.name
+            raise BadInput(
+                f"{name}: no symbol stands between documents, so none can be read alone: without --documents"
+            )
         result = _evaluate(arguments, loaded, dataset)
         peers = baselines(dataset, arguments.split) if arguments.baselines else {}
     print(table(result, peers))
@@ -86,7 +101,8 @@ def _dataset(arguments: argparse.Namespace, loaded: LoadedRun, scratch: Path) ->
     if arguments.text is not None:
         if not arguments.text.is_file():
             raise BadInput(f"{arguments.text}: no such file")
-        options = PrepareOptions(default_source=arguments.text.stem)
+        begins = loaded.start_id is not None and loaded.start_id == loaded.tokenizer.bos_id
+        options = PrepareOptions(default_source=arguments.text.stem, bos=begins)
         arguments.split = "val"
         prepare(Request({"val": [arguments.text]}, str(loaded.tokenizer_file), scratch / "text", options))
         return open_dataset(scratch / "text")
@@ -106,4 +122,5 @@ def _evaluate(arguments: argparse.Namespace, loaded: LoadedRun, dataset: Dataset
     config = DataConfig(path=dataset.path, seq_len=arguments.seq_len or loaded.data.seq_len)
     bf16 = device.type == "cuda" and loaded.config.train.precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return evaluate(model, config, dataset, Ranks(0, 1, device), ROWS, arguments.max_tokens, arguments.split)
+        ranks, limit = Ranks(0, 1, device), arguments.max_tokens
+        return evaluate(model, config, dataset, ranks, ROWS, limit, arguments.split, alone=arguments.documents)

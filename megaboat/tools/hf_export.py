@@ -23,8 +23,8 @@ from megaboat.tools import hf_proof
 from megaboat.tools.hf_card import write_card
 from megaboat.tools.hf_files import CONFIG_FILE, EXPORT_FILE, Export, seal, write_weights
 from megaboat.tools.hf_source import Flattener
-from megaboat.tools.hf_tokenizer import write_fast_tokenizer
-from megaboat.tools.loading import newest_checkpoint, tokenizer_of, with_unsaved
+from megaboat.tools.hf_tokenizer import write_tokenizer
+from megaboat.tools.loading import newest_checkpoint, start_id, tokenizer_of, with_unsaved
 
 CONFIGURATION = "configuration_seqboat"
 HEADER = f'''"""The SeqBoat model in one file, generated from the sources of megaboat {__version__}.
@@ -47,15 +47,16 @@ def export(
     checkpoint = newest_checkpoint(run)
     checkpoint.verify()
     config, tokenizer = checkpoint.config, tokenizer_of(checkpoint)
+    begin = start_id(checkpoint, tokenizer)
     held_out = hf_proof.held_out(config, tokenizer, text)
     model = build_model(config.model, seed=0)
     tensors = checkpoint.model()
     load_weights(model, with_unsaved(model, tensors), str(checkpoint.folder))
     state = {key: value for key, value in checkpoint.state.items() if key != "format"}
     with _Folder(out) as folder:
-        write_fast_tokenizer(tokenizer, folder)
+        write_tokenizer(tokenizer, begin, folder)
         write_weights(folder, tensors, config, shard_bytes)
-        _write_configs(folder, config, tokenizer)
+        _write_configs(folder, config, tokenizer, begin)
         if isinstance(config.model, SeqBoatConfig):
             (folder / "modeling_seqboat.py").write_text(modeling_code())
             shutil.copyfile(Path(__file__).with_name("hf_config.py"), folder / f"{CONFIGURATION}.py")
@@ -103,9 +104,9 @@ def _zeros(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{key}.{name}", torch.zeros_like(parameter)
 
 
-def _write_configs(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+def _write_configs(folder: Path, config: RunConfig, tokenizer: Tokenizer, begin: int | None) -> None:
     dump_config(config, folder / CONFIG_FILE)
-    symbols = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    symbols = {"bos_token_id": begin, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     symbols = {name: index for name, index in symbols.items() if index is not None}
     sizes = _llama_sizes(config.model) if isinstance(config.model, LlamaConfig) else _seqboat_sizes(config.model)
     _write_json(folder / "config.json", sizes | symbols | {"dtype": "float32", "tie_word_embeddings": True})

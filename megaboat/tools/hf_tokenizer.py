@@ -1,10 +1,11 @@
-"""Our tokenizers as Hugging Face fast tokenizers that give the same ids.
+"""Our tokenizers as Hugging Face tokenizers that give the same ids: fast ones where these can, else `hf_pieces`.
 
 Text is cut after each newline, spaces become U+2581, and what no piece covers becomes bytes, as sentencepiece does.
 Symbols such as `</s>` are plain text when they stand in a text: only code that adds their id means them.
 """
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 
 from megaboat.data.tokenizer import Tokenizer, proto_fields
-from megaboat.errors import BadInput
 
 SPACE = "\u2581"
 # sentencepiece's ModelProto: field numbers, piece types and kinds of model
@@ -23,6 +23,7 @@ MODEL_TYPE, BYTE_FALLBACK = 3, 35
 CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 BPE = b"\x02"
+SOURCE, CLASS = "tokenization_seqboat", "SeqBoatTokenizer"
 
 
 class Piece(NamedTuple):
@@ -33,10 +34,9 @@ class Piece(NamedTuple):
     kind: int
 
 
-def write_fast_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, for sentencepiece, tokenizer.model.
-
-    Raises BadInput for sentencepiece options that a fast tokenizer does not follow.
+def write_tokenizer(tokenizer: Tokenizer, start_id: int | None, folder: Path) -> None:
+    """Write tokenizer_config.json and tokenizer.json; for sentencepiece tokenizer.model, and where a fast tokenizer
+    would give other ids, SOURCE in place of tokenizer.json. `start_id`: what is read before a text, its `bos_token`.
     """
     model = tokenizer.model_bytes()
     if model is None:
@@ -44,14 +44,18 @@ def write_fast_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         pieces += [Piece("</s>", 0.0, CONTROL)] * (tokenizer.vocab_size - 256)
         fast = _assemble(pieces)
     else:
-        _check_options(model, tokenizer.name)
+        (folder / "tokenizer.model").write_bytes(model)
         pieces = _pieces(model)
+        if not _is_fast(model):
+            shutil.copyfile(Path(__file__).with_name("hf_pieces.py"), folder / f"{SOURCE}.py")
+            own = {"tokenizer_class": CLASS, "auto_map": {"AutoTokenizer": [f"{SOURCE}.{CLASS}", None]}}
+            _write_config(tokenizer, start_id, pieces, folder, own)
+            return
         fast = _assemble(pieces)
         fast.normalizer = normalizers.Replace(" ", SPACE)
         fast.pre_tokenizer = pre_tokenizers.Split(Regex("\n"), "merged_with_previous")
-        (folder / "tokenizer.model").write_bytes(model)
     fast.save(str(folder / "tokenizer.json"))
-    _write_config(tokenizer, pieces, folder)
+    _write_config(tokenizer, start_id, pieces, folder, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _pieces(model: bytes) -> list[Piece]:
@@ -65,8 +69,8 @@ def _pieces(model: bytes) -> list[Piece]:
     return pieces
 
 
-def _check_options(model: bytes, name: str) -> None:
-    """Refuse what would give other ids.
+def _is_fast(model: bytes) -> bool:
+    """Whether a fast tokenizer gives the ids of this sentencepiece model.
 
     A unigram model has many segmentations of one score (n spaces as 8 + 3 or 3 + 8); sentencepiece chooses among them
     by the rounding of its 32-bit sums, which no fast tokenizer repeats.
@@ -74,17 +78,14 @@ def _check_options(model: bytes, name: str) -> None:
     parts = dict(proto_fields(model))
     trainer = dict(proto_fields(parts.get(TRAINER, b"")))
     normalizer = dict(proto_fields(parts.get(NORMALIZER, b"")))
-    refused = {
-        "a normaliser of characters": bool(normalizer.get(CHARSMAP)),
-        "a dummy prefix": normalizer.get(DUMMY_PREFIX, b"\x01") != b"\x00",
-        "removal of extra spaces": normalizer.get(EXTRA_SPACES, b"\x01") != b"\x00",
-        "unescaped spaces": normalizer.get(ESCAPE_SPACES, b"\x01") == b"\x00",
-        "a model that is not BPE": trainer.get(MODEL_TYPE, b"\x01") != BPE,
-        "no byte fallback": trainer.get(BYTE_FALLBACK, b"\x00") != b"\x01",
-    }
-    found = [option for option, present in refused.items() if present]
-    if found:
-        raise BadInput(f"{name}: {', '.join(found)}: not supported in an export; train a BPE with `megaboat tokenizer`")
+    return (
+        trainer.get(MODEL_TYPE, b"\x01") == BPE
+        and trainer.get(BYTE_FALLBACK, b"\x00") == b"\x01"
+        and not normalizer.get(CHARSMAP)
+        and normalizer.get(DUMMY_PREFIX, b"\x01") == b"\x00"
+        and normalizer.get(EXTRA_SPACES, b"\x01") == b"\x00"
+        and normalizer.get(ESCAPE_SPACES, b"\x01") != b"\x00"
+    )
 
 
 def _bpe(pieces: list[Piece]) -> models.BPE:
@@ -110,17 +111,18 @@ def _assemble(pieces: list[Piece]) -> FastTokenizer:
     return fast
 
 
-def _write_config(tokenizer: Tokenizer, pieces: list[Piece], folder: Path) -> None:
+def _write_config(
+    tokenizer: Tokenizer, start_id: int | None, pieces: list[Piece], folder: Path, reader: dict[str, Any]
+) -> None:
     def text(index: int | None) -> str | None:
         return None if index is None else pieces[index].text
 
     unknown = next((piece.text for piece in pieces if piece.kind == UNKNOWN), None)
-    symbols = {"bos_token": text(tokenizer.bos_id), "eos_token": text(tokenizer.eos_id), "unk_token": unknown}
+    symbols = {"bos_token": text(start_id), "eos_token": text(tokenizer.eos_id), "unk_token": unknown}
     config: dict[str, Any] = {name: symbol for name, symbol in symbols.items() if symbol is not None}
     if tokenizer.eos_id is not None:
         config["pad_token"] = text(tokenizer.eos_id)
-    config |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+    config |= reader | {
         "padding_side": "left",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,

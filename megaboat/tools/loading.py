@@ -25,6 +25,8 @@ class LoadedRun(NamedTuple):
     tokenizer_file: Path | str
     """What `open_tokenizer` takes: a sentencepiece model file, or the name of a byte tokenizer."""
     config: RunConfig
+    start_id: int | None
+    """What was read before a document's text in training, None where the tokenizer has no such symbol."""
 
     @property
     def data(self) -> DataConfig:
@@ -42,7 +44,10 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> LoadedRun:
     source.verify()
     model = build_model(source.config.model, seed=0)
     load_weights(model, with_unsaved(model, source.model()), str(source.folder))
-    return LoadedRun(model.to(device).eval(), tokenizer_of(source), tokenizer_file(source), source.config)
+    tokenizer = tokenizer_of(source)
+    return LoadedRun(
+        model.to(device).eval(), tokenizer, tokenizer_file(source), source.config, start_id(source, tokenizer)
+    )
 
 
 def newest_checkpoint(path: Path) -> Checkpoint:
@@ -79,6 +84,12 @@ def tokenizer_file(source: Checkpoint | Export) -> Path | str:
         return str(name)
     folder = source.folder if isinstance(source, Export) else source.folder.parent.parent
     return folder / "tokenizer.model"
+
+
+def start_id(source: Checkpoint | Export, tokenizer: Tokenizer) -> int | None:
+    """What documents begin after. Checkpoints that do not say it are of runs whose documents only end with a symbol."""
+    symbol: int | None = source.state["tokenizer"].get("start_id", tokenizer.eos_id)
+    return symbol
 
 
 def with_unsaved(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
