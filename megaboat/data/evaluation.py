@@ -88,7 +88,7 @@ def _texts(dataset: Dataset, tokens: TokenSource, max_tokens: int | None) -> Ite
 def _batch_of(windows: list[_Window], number: int) -> Batch:
     """One window a row, each starting from an empty state."""
     length = max(len(window.ids) for window in windows) - 1
-    window_NL = np.zeros((len(windows), length + 1), np.int64)
+    window_NL: np.ndarray = np.zeros((len(windows), length + 1), np.int64)
     scored_NL = np.zeros((len(windows), length), bool)
     for row, (ids, scored_from) in enumerate(windows):
         window_NL[row, : len(ids)] = ids

@@ -72,6 +72,10 @@ class WorkingMemory:
         self._remember(keys, torch.cat([opening_B[1:], opening_B.new_tensor([len(length_S)])]) - 1)
         return keys
 
+    def tensors(self) -> list[Tensor]:
+        """All that is remembered."""
+        return [self.z_BSZ, self.v_BSE, self.positions_BS, self.count_B]
+
     def select(self, index_B: Tensor) -> None:
         """Keep the sequences of `index_B`, in that order; one may be taken several times."""
         self.z_BSZ, self.v_BSE = self.z_BSZ[index_B], self.v_BSE[index_B]

@@ -66,5 +66,6 @@ class SparseModularActivation(nn.Module):
         y_BD = torch.zeros_like(h_BD)
         for i, unit in enumerate(self.units):
             out_BD = unit.step(h_BD, routing.active_XM[:, i], positions_B, memories[i])
-            y_BD = y_BD + torch.where(routing.active_XM[:, i, None], out_BD, 0) * routing.confidence_XM[:, i, None]
+            # Not `where(active, out, 0)`: a number there is copied to the GPU, which a graph's capture forbids.
+            y_BD = y_BD + out_BD.masked_fill(~routing.active_XM[:, i, None], 0) * routing.confidence_XM[:, i, None]
         return y_BD.to(h_BD.dtype)

@@ -69,8 +69,9 @@ class SeqBoatBlock(nn.Module):
         return self._feed_forward(x_BTD), routing
 
     def step(self, x_BD: Tensor, positions_B: Tensor, state: LayerState) -> tuple[Tensor, Routing]:
-        """One token of each row: constant time and memory, no host synchronisation."""
-        h_BD, state.ema_BDN = self.ema.step(self.norm(x_BD), state.ema_BDN)
+        """One token of each row: constant time and memory, no host synchronisation, `state` written where it lies."""
+        h_BD, ema_BDN = self.ema.step(self.norm(x_BD), state.ema_BDN)
+        state.ema_BDN.copy_(ema_BDN)
         routing = self.sma.route(h_BD[:, None])
         y_BD = self.linear(h_BD) + self.sma.step(h_BD, routing, positions_B, state.memories)
         return self._feed_forward(F.silu(y_BD.to(x_BD.dtype) + x_BD)), routing

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from megaboat.layers.documents import Documents
 from megaboat.model.build import LanguageModel
 from megaboat.model.llama import Llama
-from megaboat.model.seqboat import SeqBoat
+from megaboat.model.seqboat import DecodingState, SeqBoat
 
 CHUNK = 2048  # tokens of a prompt that are read at once: the memory of a prefill does not grow with the prompt
 
@@ -70,11 +70,52 @@ class SeqBoatReader:
             docs = Documents.left_padded(pads_B.clamp_max(C), C, self.state.position_B)
             hidden_BCD = self.model(tokens_BC, docs, state=self.state).hidden_BTD
             pads_B = (pads_B - C).clamp_min(0)
+        self._step = FixedStep(self.model, self.state)
         return self.model.head(hidden_BCD[:, -1])
 
-    @torch.no_grad()
     def decode_one(self, tokens_B: Tensor) -> Tensor:
-        return self.model.step(tokens_B, self.state)[0]
+        return self._step(tokens_B)
+
+
+class FixedStep:
+    """`model.step` at fixed addresses. On a GPU it is one CUDA graph: launched kernel by kernel, a step of a small
+    model would be waiting for the host most of the time.
+
+    `state` goes on with each call; the logits are valid until the next one.
+    """
+
+    def __init__(self, model: SeqBoat, state: DecodingState, capture: bool = True) -> None:
+        self.model, self.state = model, state
+        self.tokens_B = torch.zeros_like(state.position_B)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if capture and state.position_B.is_cuda:
+            self._capture()
+
+    @torch.no_grad()
+    def __call__(self, tokens_B: Tensor) -> Tensor:
+        """Tokens (B,) to logits (B, V)."""
+        self.tokens_B.copy_(tokens_B)
+        if self.graph is None:
+            return self.model.step(self.tokens_B, self.state)[0]
+        self.graph.replay()
+        return self.logits_BV
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        """Warm up on another stream, as CUDA graphs want it, and give the state back what it held."""
+        held = [tensor.clone() for tensor in self.state.tensors()]
+        with torch.cuda.device(self.tokens_B.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.model.step(self.tokens_B, self.state)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits_BV = self.model.step(self.tokens_B, self.state)[0]
+        for tensor, value in zip(self.state.tensors(), held, strict=True):
+            tensor.copy_(value)
 
 
 class LlamaReader:

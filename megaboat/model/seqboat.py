@@ -34,6 +34,12 @@ class DecodingState:
     layers: list[LayerState]
     position_B: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """All that the state is made of."""
+        memories = [memory for layer in self.layers for memory in layer.memories]
+        parts = [tensor for memory in memories for tensor in memory.tensors()]
+        return [self.position_B, *(layer.ema_BDN for layer in self.layers), *parts]
+
     def select(self, index_B: Tensor) -> None:
         """Keep the sequences of `index_B`, in that order; one may be taken several times."""
         self.position_B = self.position_B[index_B]
@@ -84,7 +90,7 @@ class SeqBoat(nn.Module):
         state: DecodingState | None = None,
         per_token: bool = False,
     ) -> ModelOutput:
-        """Read B x T tokens; with `state`, go on from it and bring it up to date in place."""
+        """Read B x T tokens, or embeddings (B, T, D); with `state`, go on from it and bring it up to date in place."""
         x_BTD = self._embed(tokens_BT)
         routings = []
         for i, block in enumerate(self.blocks):
@@ -100,13 +106,15 @@ class SeqBoat(nn.Module):
         return ModelOutput(nll, x_BTD, routings)
 
     def step(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, list[Routing]]:
-        """Logits (B, V) after one more token of each row, in constant time and memory."""
+        """Logits (B, V) after one more token of each row, in constant time and memory: the state's tensors stay where
+        they are, so that a CUDA graph of a step repeats as the next one.
+        """
         x_BD = self._embed(tokens_B)
         routings = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_BD, routing = block.step(x_BD, state.position_B, layer)
             routings.append(routing)
-        state.position_B = state.position_B + 1
+        state.position_B += 1
         return self.head(self.norm(x_BD)), routings
 
     def new_state(self, rows: int) -> DecodingState:
@@ -131,7 +139,8 @@ class SeqBoat(nn.Module):
         self.train(training)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return to_compute_dtype(self.dropout(self.embedding(tokens) * self.config.width**0.5))
+        embedded = tokens if tokens.is_floating_point() else self.embedding(tokens)
+        return to_compute_dtype(self.dropout(embedded * self.config.width**0.5))
 
 
 def _checkpointed(block: nn.Module, x_BTD: Tensor, docs: Documents) -> tuple[Tensor, Routing]:

@@ -1,11 +1,12 @@
 """Measure beside a named peer: `bench data` the way from shards to batches, `bench kernels` the kernels of this GPU,
-`bench train` whole steps."""
+`bench train` whole steps, `bench decode` generation at long context.
+"""
 
 import argparse
 
-from megaboat.tools import bench_data, bench_kernels, bench_train
+from megaboat.tools import bench_data, bench_decode, bench_kernels, bench_train
 
-BENCHES = {"data": bench_data, "kernels": bench_kernels, "train": bench_train}
+BENCHES = {"data": bench_data, "kernels": bench_kernels, "train": bench_train, "decode": bench_decode}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

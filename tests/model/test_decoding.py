@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaboat.layers.documents import Documents
 from megaboat.layers.memory import WorkingMemory
+from megaboat.model.generate import FixedStep
 from megaboat.model.seqboat import DecodingState, SeqBoat
 from tests.model.building import STYLES, decisions, logits, pack, read, small_model, text_rows, tolerance
 
@@ -144,3 +146,50 @@ def test_memory_of_a_sequence_does_not_grow_with_length() -> None:
     ring = (config.window + 1) * (4 * (config.qk_dim + config.value_dim) + 8)  # z and v in fp32, int64 positions
     layer = 4 * config.width * config.ema_order + ring + 8
     assert set(sizes) == {2 * (config.layers * layer + 8)}
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Fails at what the capture of a CUDA graph forbids: a value read by the host, a size that depends on values, a
+    number that travels to the device as a tensor of its own."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "scalar_tensor", "lift_fresh")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        assert not name.startswith(self.FORBIDDEN), f"{func} in a step"
+        if name.startswith("index"):
+            indices = [x for x in args[1] if isinstance(x, Tensor)] if isinstance(args[1], list | tuple) else []
+            assert all(index.dtype != torch.bool for index in indices), f"{func} by a mask in a step"
+        return func(*args, **(kwargs or {}))
+
+
+@EACH_STYLE
+def test_a_step_can_be_captured(style: dict) -> None:
+    """What a CUDA graph needs: fixed addresses, fixed shapes, nothing from the host."""
+    model, tokens_BT = small_model(**style), text_rows(2, 40)
+    state = model.new_state(2)
+    chunk(model, tokens_BT[:, :30], state)
+    assert {x.data_ptr() for x in state.tensors()} == {x.data_ptr() for x in tensors(state)}, "tensors() is complete"
+    places = [(x.data_ptr(), x.shape) for x in state.tensors()]
+    with NothingFromTheHost():
+        got = stepped(model, tokens_BT[:, 30:], state)
+    assert [(x.data_ptr(), x.shape) for x in state.tensors()] == places
+    expected = whole(model, tokens_BT)
+    check_same([got], (expected[0][:, 30:], expected[1][:, :, 30:]), torch.float32)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_fixed_step_is_the_step(device: str) -> None:
+    """On a GPU: the graph against the same model launched kernel by kernel."""
+    model, tokens_BT = small_model().to(device), text_rows(3, 60).to(device)
+    plain, fixed = model.new_state(3), model.new_state(3)
+    for state in (plain, fixed):
+        chunk(model, tokens_BT[:, :20], state)
+    step = FixedStep(model, fixed)
+    assert (step.graph is not None) == (device == "cuda")
+    for tokens_B in tokens_BT[:, 20:].T:
+        with torch.no_grad():
+            expected = model.step(tokens_B, plain)[0]
+        torch.testing.assert_close(step(tokens_B), expected, rtol=0, atol=1e-6)
+    for a, b in zip(plain.tensors(), fixed.tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

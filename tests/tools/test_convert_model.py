@@ -134,12 +134,13 @@ def test_decisions_and_kept_logits(ours: LoadedRun, theirs: SeqBoatForCausalLM) 
 
 def test_recomputation_gives_the_same_gradients(theirs: SeqBoatForCausalLM) -> None:
     gradients = []
-    for enable in (theirs.gradient_checkpointing_disable, theirs.gradient_checkpointing_enable):
-        enable()
+    for recompute in (False, True):
+        if recompute:
+            theirs.gradient_checkpointing_enable()
         theirs.zero_grad()
         theirs.train()(**batch(), labels=batch()["input_ids"]).loss.backward()
         gradients.append([parameter.grad for parameter in theirs.parameters()])
-    assert theirs.is_gradient_checkpointing
+    assert theirs.model.checkpoint_activations
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -176,6 +177,69 @@ def test_a_new_model_is_drawn_as_training_draws_it(theirs: SeqBoatForCausalLM) -
     fresh.resize_token_embeddings(300)
     assert fresh(torch.tensor([[299]])).logits.shape == (1, 1, 300)
     assert fresh.model.head.weight is fresh.model.embedding.weight
+
+
+def test_embeddings_stand_for_their_tokens(theirs: SeqBoatForCausalLM) -> None:
+    given = batch()
+    embeds = theirs.get_input_embeddings()(given["input_ids"])
+    mask = given["attention_mask"]
+    with torch.no_grad():
+        a, b = theirs(**given).logits, theirs(inputs_embeds=embeds, attention_mask=mask).logits
+    assert torch.equal(a, b)
+    assert torch.equal(theirs.generate(inputs_embeds=embeds, attention_mask=mask, **SPEECH), new(theirs, given))
+    for wrong in ({}, {"input_ids": given["input_ids"], "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            theirs(**wrong)
+
+
+def test_hidden_states_are_those_of_each_layer(theirs: SeqBoatForCausalLM) -> None:
+    given = batch()
+    with torch.no_grad():
+        output = theirs(**given, output_hidden_states=True)
+        assert len(output.hidden_states) == theirs.config.layers + 1
+        assert torch.equal(output.logits, theirs.model.head(output.hidden_states[-1]))
+        embedded = theirs.model.embedding(given["input_ids"]) * theirs.config.width**0.5
+    assert torch.equal(output.hidden_states[0], embedded)
+    assert theirs(**given).hidden_states is None
+    said = theirs.generate(**given, **SPEECH, return_dict_in_generate=True, output_hidden_states=True)
+    assert torch.equal(said.sequences[:, max(LENGTHS) :], new(theirs, given))
+    assert [states[-1].shape[1] for states in said.hidden_states] == [max(LENGTHS)] + [1] * 24
+
+
+def test_a_prompt_at_the_end_of_other_prompts_is_itself(theirs: SeqBoatForCausalLM) -> None:
+    """Left padding of any length, with and without a cache: the same last logits."""
+    for use_cache in (False, True):
+        with torch.no_grad():
+            together = theirs(**batch(), use_cache=use_cache).logits[:, -1]
+            alone = [theirs(torch.tensor([prompt]), use_cache=use_cache).logits[0, -1] for prompt in prompts()]
+        torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["cache", "past_key_values"])
+def test_both_names_of_the_cache(side: str, theirs: SeqBoatForCausalLM) -> None:
+    """transformers renamed it in 5.24; callers use either."""
+    tokens = torch.tensor([prompts()[0]])
+    with torch.no_grad():
+        first = theirs(tokens[:, :20], use_cache=True)
+        assert isinstance(first.past_key_values, SeqBoatCache)
+        rest = theirs(tokens[:, 20:], **{side: first.past_key_values}).logits
+        whole = theirs(tokens).logits[:, 20:]
+    torch.testing.assert_close(rest, whole, rtol=0, atol=1e-5)
+
+
+def test_drawn_in_half_precision_the_recurrence_is_fp32(theirs: SeqBoatForCausalLM) -> None:
+    fresh = SeqBoatForCausalLM._from_config(theirs.config, dtype=torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in fresh.named_parameters()}
+    precise = ("ema.smoothing", "norm.weight", "sma.configurator.logits.weight")
+    assert {kinds[f"model.blocks.0.{name}"] for name in precise} == {torch.float32}
+    assert kinds["model.blocks.0.linear.weight"] == torch.bfloat16
+
+
+def test_spread_over_devices_by_accelerate(folders: tuple[Path, Path], theirs: SeqBoatForCausalLM) -> None:
+    pytest.importorskip("accelerate", reason="pip install accelerate")
+    spread = SeqBoatForCausalLM.from_pretrained(folders[1], device_map="auto").eval()
+    given = {key: value.to(spread.device) for key, value in batch().items()}
+    assert torch.equal(new(spread, given).cpu(), new(theirs, batch()))
 
 
 def child(ours: LoadedRun, spoil: str) -> object:
