@@ -184,6 +184,7 @@ class _Peer:
 
     def __init__(self, llama: Llama, sizes: Sizes, context: int, device: str) -> None:
         self.llama, config = llama, llama.body.config
+        llama.body.set_attn_implementation("sdpa")  # training's attention takes packed rows and no cache
         self.cache = StaticCache(config=config, max_cache_len=context + sizes.steps)
         shape = sizes.rows, config.num_key_value_heads, context, config.head_dim
         for layer in range(sizes.layers):
