@@ -43,8 +43,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state: dict[str, Any] = _read_json(folder / "state.json")
-        if self.state.get("format") != FORMAT:
-            found = self.state.get("format")
+        found = self.state.get("format") if isinstance(self.state, dict) else None
+        if found != FORMAT:
             raise BadInput(f"{folder}: written in format {found!r}, this version of megaboat reads {FORMAT!r}")
 
     @property

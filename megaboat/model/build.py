@@ -1,5 +1,7 @@
 """From a config to an initialised model: the one place that knows the families."""
 
+import torch
+
 from megaboat.model import llama, seqboat
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.llama import Llama
@@ -17,3 +19,10 @@ def build_model(config: SeqBoatConfig | LlamaConfig, seed: int) -> LanguageModel
     boat = SeqBoat(config)
     seqboat.initialize(boat, seed)
     return boat
+
+
+def count_parameters(config: SeqBoatConfig | LlamaConfig) -> int:
+    """Of the model that `build_model` makes; nothing is allocated."""
+    with torch.device("meta"):
+        model: LanguageModel = Llama(config) if isinstance(config, LlamaConfig) else SeqBoat(config)
+    return sum(parameter.numel() for parameter in model.parameters())

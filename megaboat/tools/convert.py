@@ -11,6 +11,7 @@ megaboat, with torch and transformers alone, repeats the model's logits, decisio
 import argparse
 from pathlib import Path
 
+from megaboat.errors import BadInput
 from megaboat.log import setup_logging
 from megaboat.tools.hf_export import export, import_export
 
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
         folder = import_export(arguments.source, arguments.out, arguments.force)
         print(f"{folder}: weights, step and data position of the export; AdamW's moments are zero")
         return
+    if not arguments.shard_gb > 0:
+        raise BadInput(f"--shard-gb {arguments.shard_gb}: give a size above 0")
     shard_bytes = int(arguments.shard_gb * 1e9)
     proof = export(arguments.source, arguments.out, arguments.license, arguments.text, shard_bytes, arguments.force)
     decisions = f", {proof['decisions']:,} decisions" if proof["decisions"] else ""

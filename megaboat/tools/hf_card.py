@@ -1,6 +1,7 @@
 """The model card of an export: what the model is, what it read, how well it does, and how to use it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})
 inputs = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
+
+With EleutherAI's harness: `lm_eval --model hf --model_args pretrained={folder}{harness},max_length={length} ...`
 
 ## Checked at export
 
@@ -74,6 +77,8 @@ def write_card(
         figures="\n".join(f"| {name} | {value} |" for name, value in _figures(run, state["step"])),
         folder=title,
         trust="" if llama else ", trust_remote_code=True",
+        harness="" if llama else ",trust_remote_code=True",
+        length=config.data.seq_len,
         prompt="import os",
         proof_tokens=proof["tokens"],
         **{key: value for key, value in proof.items() if key != "tokens"},
@@ -89,6 +94,9 @@ def _figures(run: Path, step: int) -> list[tuple[str, str]]:
         rows.append(("training loss, last step", f"{metrics['loss']:.4f} nats a token"))
         if metrics.get("flops_per_token"):
             rows.append(("FLOPs a token, forward and backward", f"{metrics['flops_per_token']:.3g}"))
+        spent = _flops_spent(run / "metrics.jsonl", step)
+        if spent:
+            rows.append(("FLOPs of the whole training", f"{spent:.3g}"))
     evaluation = _at_step(run / "evaluation.jsonl", step)
     if evaluation:
         overall = evaluation["overall"]
@@ -101,14 +109,24 @@ def _figures(run: Path, step: int) -> list[tuple[str, str]]:
 
 def _at_step(path: Path, step: int) -> dict[str, Any] | None:
     """The last object of a jsonl file with this step."""
-    if not path.is_file():
+    return {entry.get("step"): entry for entry in _entries(path)}.get(step)
+
+
+def _flops_spent(path: Path, step: int) -> float | None:
+    """Of all steps up to this one, as counted at each; None where a step is missing or its work is unknown."""
+    by_step = {entry["step"]: entry for entry in _entries(path) if entry.get("flops_per_token")}
+    if not all(number in by_step for number in range(1, step + 1)):
         return None
-    found = None
-    for line in path.read_text().splitlines():
+    tokens = [0, *(by_step[number]["tokens"] for number in range(1, step + 1))]
+    return sum((tokens[n] - tokens[n - 1]) * by_step[n]["flops_per_token"] for n in range(1, step + 1))
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a jsonl file; none where there is no such file."""
+    for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # a line that a kill cut short
-        if entry.get("step") == step:
-            found = entry
-    return found
+        if isinstance(entry, dict):
+            yield entry

@@ -16,7 +16,7 @@ from megaboat.engine.checkpoint import Checkpoint, load_weights, save_checkpoint
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
-from megaboat.model.build import build_model
+from megaboat.model.build import LanguageModel, build_model, count_parameters
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.llama import Llama
 from megaboat.tools import hf_proof
@@ -40,7 +40,7 @@ def export(
     """Write the newest checkpoint of `run` to `out` for Hugging Face. Returns the figures of the proof.
 
     Raises BadInput for a folder that is no run, an `out` in use (`force` replaces an older export) or a tokenizer that
-    cannot be exported; DamagedData for a broken checkpoint and for an export that does not do what the model does.
+    cannot be read; DamagedData for a broken checkpoint and for an export that does not do what the model does.
     Then `out` is as it was.
     """
     _check_free(out, EXPORT_FILE if force else None)
@@ -49,9 +49,7 @@ def export(
     config, tokenizer = checkpoint.config, tokenizer_of(checkpoint)
     begin = start_id(checkpoint, tokenizer)
     held_out = hf_proof.held_out(config, tokenizer, text)
-    model = build_model(config.model, seed=0)
     tensors = checkpoint.model()
-    load_weights(model, with_unsaved(model, tensors), str(checkpoint.folder))
     state = {key: value for key, value in checkpoint.state.items() if key != "format"}
     with _Folder(out) as folder:
         write_tokenizer(tokenizer, begin, folder)
@@ -60,8 +58,8 @@ def export(
         if isinstance(config.model, SeqBoatConfig):
             (folder / "modeling_seqboat.py").write_text(modeling_code())
             shutil.copyfile(Path(__file__).with_name("hf_config.py"), folder / f"{CONFIGURATION}.py")
-        proof = hf_proof.prove(folder, model.eval(), tokenizer, held_out)
-        count = sum(parameter.numel() for parameter in model.parameters())
+        proof = hf_proof.prove(folder, lambda: _open(checkpoint), tokenizer, held_out)
+        count = count_parameters(config.model)
         write_card(folder, out.name, _run_of(checkpoint), config, state, proof, count, license)
         seal(folder, state, proof)
     return proof
@@ -79,8 +77,7 @@ def import_export(source: Path, run: Path, force: bool = False) -> Path:
     exported.verify()
     tokenizer = tokenizer_of(exported)
     config = exported.config.model_copy(update={"train": exported.config.train.model_copy(update={"out": run})})
-    model = build_model(config.model, seed=0)
-    load_weights(model, with_unsaved(model, exported.model()), str(source))
+    model = _open(exported)
     with _Folder(run) as folder:
         dump_config(config, folder / "config.yaml")
         content = tokenizer.model_bytes()
@@ -96,6 +93,12 @@ def modeling_code() -> str:
     """modeling_seqboat.py: the Hugging Face class with all of the package that it needs."""
     beside = {"megaboat.tools.hf_config": CONFIGURATION, "megaboat.model.config": CONFIGURATION}
     return Flattener("megaboat.tools.hf_model", beside).flatten(HEADER)
+
+
+def _open(source: Checkpoint | Export) -> LanguageModel:
+    model = build_model(source.config.model, seed=0)
+    load_weights(model, with_unsaved(model, source.model()), str(source.folder))
+    return model.eval()
 
 
 def _zeros(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -162,7 +165,10 @@ class _Folder:
 
     def __enter__(self) -> Path:
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
+        try:
+            self.scratch.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"{self.out}: cannot be written: {error.strerror}") from None
         return self.scratch
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

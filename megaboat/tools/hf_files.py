@@ -40,6 +40,9 @@ class Export:
         found = self._record.get("format") if isinstance(self._record, dict) else None
         if found != FORMAT:
             raise BadInput(f"{folder}: exported in format {found!r}, this version of megaboat reads {FORMAT!r}")
+        for key in ("state", "files"):
+            if not isinstance(self._record.get(key), dict):
+                raise DamagedData(f"{folder / EXPORT_FILE}: {key!r} is missing")
         self.state: dict[str, Any] = self._record["state"]
 
     @property
@@ -55,7 +58,8 @@ class Export:
 
     def model(self) -> Mapping[str, Tensor]:
         """Every tensor under the name that our model gives it, read when asked for."""
-        return _Tensors(sorted(self.folder.glob("model*.safetensors")), self.config)
+        names = sorted(name for name in self._record["files"] if name.endswith(".safetensors"))
+        return _Tensors([self.folder / name for name in names], self.config)
 
 
 def seal(folder: Path, state: dict[str, Any], proof: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,17 @@ def held_out(config: RunConfig, tokenizer: Tokenizer, file: Path | None) -> Held
     return HeldOut(origin, texts, rows)
 
 
-def prove(export: Path, model: LanguageModel, tokenizer: Tokenizer, text: HeldOut) -> dict[str, Any]:
-    """Compare the export with `model` (fp32, on the CPU). Raises DamagedData where they differ; returns the figures."""
+def prove(export: Path, open_model: Callable[[], LanguageModel], tokenizer: Tokenizer, text: HeldOut) -> dict[str, Any]:
+    """Compare the export with the model (fp32, on the CPU). Raises DamagedData where they differ; returns the figures.
+
+    The model is opened when the other process has ended: two of them may not fit in memory.
+    """
     prompts = [row[: max(1, len(row) * share // 8)] for row, share in zip(text.rows, (1, 3, 4, 2), strict=False)]
     inputs = {"texts": text.texts, "rows": text.rows, "prompts": prompts, "greedy": GREEDY_TOKENS}
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "inputs.json").write_text(json.dumps(inputs))
         _run_child(export, Path(work))
+        model = open_model()
         with safe_open(Path(work) / "outputs.safetensors", framework="pt") as outputs:
             difference, decisions = _compare_rows(model, text.rows, outputs, export)
             greedy = torch.stack(list(generate(model, prompts, GREEDY_TOKENS, Sampling(temperature=0))), 1)

@@ -198,9 +198,35 @@ def newer(name: str, format: str) -> Callable[[Path], object]:
     return damage
 
 
+def append(path: Path) -> None:
+    path.write_text(path.read_text() + "\n")
+
+
 def other_tokenizer(folder: Path) -> None:
     lines = [line for text in real_texts(5) for line in text.splitlines() if len(line) < 1000]
     (folder / "tokenizer.model").write_bytes(train_model(lines, 450, "bpe", threads=1))
+
+
+def written(name: str, text: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (path,) = folder.rglob(name)
+        path.write_text(text)
+
+    return damage
+
+
+def forgotten(key: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        path = folder / "megaboat.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+    return damage
+
+
+def somebody_elses(folder: Path) -> None:
+    """An export of another trainer: everything that transformers reads, and nothing of ours."""
+    (folder / "megaboat.json").unlink()
+    (folder / "megaboat.yaml").unlink()
 
 
 RUNS = {
@@ -210,6 +236,9 @@ RUNS = {
     "cut weights": (cut("model-00001.safetensors"), 3, "size or sha256 differs"),
     "cut state": (cut("state.json"), 3, "cannot be read"),
     "a newer format": (newer("state.json", "megaboat-checkpoint"), 2, "written in format 'megaboat-checkpoint/2'"),
+    "a list for a state": (written("state.json", "[1, 2]"), 2, "written in format None"),
+    "no manifest": (lambda folder: next(folder.rglob("manifest.json")).unlink(), 3, "cannot be read"),
+    "another config": (lambda folder: append(next(folder.rglob("step-3/config.yaml"))), 3, "size or sha256 differs"),
     "another tokenizer": (other_tokenizer, 3, "but the model was trained with"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), 3, "missing; the model was trained with"),
 }
@@ -221,6 +250,11 @@ EXPORTS = {
     "cut record": (cut("megaboat.json"), 3, "cannot be read"),
     "a newer format": (newer("megaboat.json", "megaboat-export"), 2, "exported in format 'megaboat-export/2'"),
     "another tokenizer": (other_tokenizer, 3, "not as exported"),
+    "somebody else's export": (somebody_elses, 2, "expected a folder that `megaboat convert to-hf` wrote"),
+    "a list for a record": (written("megaboat.json", "[]"), 2, "exported in format None"),
+    "a record without files": (forgotten("files"), 3, "'files' is missing"),
+    "a record without state": (forgotten("state"), 3, "'state' is missing"),
+    "other sizes": (lambda folder: append(folder / "config.json"), 3, "not as exported"),
 }
 
 

@@ -289,8 +289,8 @@ def test_the_proof_sees_one_wrong_number(
     held_out = HeldOut("a text", [text], [ids[i : i + 200] for i in range(0, 800, 200)])
     if reason:
         with pytest.raises(DamagedData, match=reason):
-            hf_proof.prove(tmp_path, ours.model, ours.tokenizer, held_out)
+            hf_proof.prove(tmp_path, lambda: ours.model, ours.tokenizer, held_out)
     else:
-        proof = hf_proof.prove(tmp_path, ours.model, ours.tokenizer, held_out)
+        proof = hf_proof.prove(tmp_path, lambda: ours.model, ours.tokenizer, held_out)
         assert proof["decisions"] == 800 * 3 * 2
         assert proof["greedy_tokens"] == 4 * 64
