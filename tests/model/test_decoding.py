@@ -129,7 +129,7 @@ def tensors(state: DecodingState) -> Iterator[Tensor]:
         yield layer.ema_BDN
         for memory in layer.memories:
             assert isinstance(memory, WorkingMemory)
-            yield from vars(memory).values()
+            yield from (value for value in vars(memory).values() if isinstance(value, Tensor))
 
 
 def test_memory_of_a_sequence_does_not_grow_with_length() -> None:
