@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens per row, n windows (n = B unless rows are shorter than windows), L tokens per window.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,8 +29,12 @@ class Batch:
     """int64: index of each row's source."""
     crcs: tuple[int, ...]
     """crc32 of each window's L + 1 tokens as stored."""
-    first_window: int
-    """Number of the first window, in the order of the data."""
+    windows: tuple[int, ...]
+    """Number of each window, in the order of the data."""
+
+    @property
+    def first_window(self) -> int:
+        return self.windows[0]
 
     @property
     def rows(self) -> int:
@@ -73,14 +78,15 @@ class Batch:
             self.cu_seqlens, torch.tensor([first * length, last * length]).to(self.cu_seqlens)
         )
         per_window = self.rows // len(self.crcs)
+        windows = slice(first // per_window, -(-last // per_window))
         return Batch(
             tokens_BT=self.tokens_BT[first:last],
             targets_BT=self.targets_BT[first:last],
             positions_BT=self.positions_BT[first:last],
             cu_seqlens=self.cu_seqlens[low : high + 1] - first * length,
             sources_B=self.sources_B[first:last],
-            crcs=self.crcs[first // per_window : -(-last // per_window)],
-            first_window=self.first_window + first // per_window,
+            crcs=self.crcs[windows],
+            windows=self.windows[windows],
         )
 
 
@@ -89,7 +95,7 @@ def assemble(
     documents: list[np.ndarray],
     sources: np.ndarray,
     crcs: tuple[int, ...],
-    first_window: int,
+    windows: Sequence[int],
     row_len: int,
     mask_first_target: bool = False,
 ) -> Batch:
@@ -115,7 +121,7 @@ def assemble(
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
         sources_B=torch.from_numpy(np.repeat(sources, length // row_len)),
         crcs=crcs,
-        first_window=first_window,
+        windows=tuple(windows),
     )
 
 

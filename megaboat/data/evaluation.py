@@ -112,6 +112,8 @@ def _batch(config: DataConfig, tokens: TokenSource, number: int, first: int, row
             (documents[row],) = tokens.read_windows(np.array([start]), window_NL[row : row + 1, :count])
             real[row] = count - 1
     crcs = tuple(map(zlib.crc32, window_NL))
-    batch = assemble(window_NL, documents, np.full(rows, number), crcs, first, length, config.mask_first_target)
+    batch = assemble(
+        window_NL, documents, np.full(rows, number), crcs, range(first, first + rows), length, config.mask_first_target
+    )
     batch.targets_BT.numpy()[np.arange(length) >= real[:, None]] = IGNORE
     return batch

@@ -1,7 +1,7 @@
 """Batches for one data-parallel rank, and the one small state from which any number of ranks can go on.
 
-Step s of the whole run uses windows [n, n + B); rank r of W takes [n + B r / W, n + B (r + 1) / W), so the global
-batches are the same at every world size and the state is n.
+Step s of the whole run uses windows [n, n + B), so the global batches are the same at every world size and the state is
+n. Rank r of W takes [n + B r / W, n + B (r + 1) / W), or what an assignment gives it of the same windows.
 """
 
 import atexit
@@ -23,6 +23,8 @@ from megaboat.log import get_logger
 
 STATE_FORMAT = "megaboat-data/1"
 PREFETCH = 4
+# While a batch is in use, those that wait, one in the reader's hand and the one that it begins are under way.
+LEAD = PREFETCH + 2
 # A read that a disk does not answer must not keep the process from ending.
 CLOSE_SECONDS = 10.0
 # Places are worked out this many windows at a time: the permutations cost less by the thousand.
@@ -32,8 +34,9 @@ LOOK_AHEAD = 1 << 14
 class Loader:
     """An endless iterator of this rank's batches; one thread reads ahead, its errors are raised in the caller.
 
-    total_windows: length of the run, if known, so that data.max_epochs can refuse it now. Raises BadInput when
-    config, dataset and ranks do not fit together.
+    total_windows: length of the run, if known, so that data.max_epochs can refuse it now. assign: from the first window
+    of a global batch to those of it that this rank reads, in that order; at the start it must know LEAD batches, and
+    one more before each `next` but the first. Raises BadInput when config, dataset and ranks do not fit together.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Loader:
         dp_size: int = 1,
         consumed_windows: int = 0,
         total_windows: int | None = None,
+        assign: Callable[[int], np.ndarray] | None = None,
     ):
         if global_batch < dp_size:
             raise BadInput(f"a global batch of {global_batch:,} windows leaves some of {dp_size:,} ranks without any")
@@ -54,8 +58,8 @@ class Loader:
         if total_windows is not None:
             check_epochs(config, self.order, self.source_names, total_windows)
         self.consumed_windows = consumed_windows
-        low, high = (global_batch * rank // dp_size for rank in (dp_rank, dp_rank + 1))
-        self._prefetch = _Prefetch(self._batches(consumed_windows, low, high))
+        self._assign = assign or (lambda first: share(first, global_batch, dp_rank, dp_size))
+        self._prefetch = _Prefetch(self._batches(consumed_windows))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -133,11 +137,11 @@ class Loader:
                     f"were trained on it was {state['last_batch_crc32']:08x}"
                 )
 
-    def _batches(self, first: int, low: int, high: int) -> Iterator[Batch]:
+    def _batches(self, first: int) -> Iterator[Batch]:
         reader = WindowReader(self.config, self.dataset, self.order.locate)
         while True:
             try:
-                yield reader.read(first + low, first + high, row_length(self.config, first))
+                yield reader.read_windows(self._assign(first), row_length(self.config, first))
             except DamagedBlock as damage:
                 raise self._with_remedy(damage, first) from None
             first += self.global_batch
@@ -147,6 +151,12 @@ class Loader:
             return DamagedData(f"{damage}; put the shard back as it was")
         phase = f"{{from_window: {first}, exclude_blocks: ['{damage.block}']}}"
         return DamagedData(f"{damage}; put the shard back as it was, or add to data.phases: {phase}")
+
+
+def share(first: int, global_batch: int, dp_rank: int, dp_size: int) -> np.ndarray:
+    """A rank's neighbouring windows of the global batch that starts at `first`."""
+    low, high = (global_batch * rank // dp_size for rank in (dp_rank, dp_rank + 1))
+    return np.arange(first + low, first + high)
 
 
 class WindowReader:
@@ -166,10 +176,14 @@ class WindowReader:
 
     def read(self, first: int, last: int, row_len: int | None = None) -> Batch:
         """Windows [first, last) as one batch. Raises DamagedData where a crc is wrong."""
+        return self.read_windows(np.arange(first, last), row_len)
+
+    def read_windows(self, windows: np.ndarray, row_len: int | None = None) -> Batch:
+        """Windows (n,), near each other in number, as one batch in their order. Raises DamagedData as `read` does."""
         length = self._config.seq_len
-        source, start = self._locate_range(first, last)
-        window_NL = np.empty((last - first, length + 1), self._dtype)
-        documents: list[np.ndarray] = [np.empty(0, np.int64)] * (last - first)
+        source, start = self._places_of(windows)
+        window_NL = np.empty((len(windows), length + 1), self._dtype)
+        documents: list[np.ndarray] = [np.empty(0, np.int64)] * len(windows)
         for k in np.unique(source):
             rows = np.flatnonzero(source == k)
             found = self._sources[k].read_windows(start[rows], window_NL, rows)
@@ -177,13 +191,14 @@ class WindowReader:
                 documents[row] = offsets
         crcs = tuple(map(zlib.crc32, window_NL))
         mask = self._config.mask_first_target
-        return assemble(window_NL, documents, source, crcs, first, row_len or length, mask)
+        return assemble(window_NL, documents, source, crcs, windows.tolist(), row_len or length, mask)
 
-    def _locate_range(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    def _places_of(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first, last = int(windows.min()), int(windows.max()) + 1
         if self._places is None or first not in self._ahead or last > self._ahead.stop:
             self._ahead = range(first, max(last, first + LOOK_AHEAD))
             self._places = self._locate(np.arange(self._ahead.start, self._ahead.stop, dtype=np.int64))
-        part = slice(first - self._ahead.start, last - self._ahead.start)
+        part = windows - self._ahead.start
         return self._places[0][part], self._places[1][part]
 
 

@@ -12,6 +12,7 @@ from megaboat.data.dataset import Dataset, open_dataset
 from megaboat.data.ledger import Ledger
 from megaboat.data.loader import Loader
 from megaboat.data.plan import excluded_blocks
+from megaboat.engine.balance import Balance
 from megaboat.engine.checkpoint import Checkpoint, find_checkpoint, load_weights
 from megaboat.engine.deepspeed import Engine, connect
 from megaboat.engine.evaluate import documents
@@ -76,17 +77,23 @@ def _open_owned(
         dataset.check_tokenizer(checkpoint.state["tokenizer"]["content_id"], str(checkpoint.folder))
         _check_same_run(config, checkpoint)
     step = checkpoint.state["step"] if checkpoint else 0
+    watchdog.beat("build model")
+    consumed = checkpoint.state["data"]["consumed_windows"] if checkpoint else 0
+    model = build_model(config.model, config.train.seed)
+    balance = None
+    if isinstance(model, SeqBoat):
+        balance = Balance(config, model, dataset, ranks)
+        balance.restore(consumed, checkpoint.state.get("balance") if checkpoint else None)
     loader = Loader(
         config.data,
         dataset,
         config.train.global_batch,
         ranks.data_rank,
         ranks.data_size,
-        consumed_windows=checkpoint.state["data"]["consumed_windows"] if checkpoint else 0,
+        consumed_windows=consumed,
         total_windows=config.train.steps * config.train.global_batch,
+        assign=balance.dealer.windows_of if balance else None,
     )
-    watchdog.beat("build model")
-    model = build_model(config.model, config.train.seed)
     if checkpoint is not None:
         loader.check_resume(checkpoint.state["data"])
         load_weights(model, checkpoint.model(), str(checkpoint.folder))
@@ -110,7 +117,7 @@ def _open_owned(
             dataset.path,
         )
     hooks = _hooks(config, ranks, pictures)
-    return Trainer(config, ranks, dataset, engine, loader, ledger, fence, watchdog, hooks, step)
+    return Trainer(config, ranks, dataset, engine, loader, ledger, fence, watchdog, hooks, step, balance)
 
 
 def _on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:

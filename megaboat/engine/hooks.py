@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megaboat.log import get_logger
+from megaboat.parallel.balance.margins import EDGES
+from megaboat.parallel.balance.statistics import LayerSums
 
 Metrics = dict[str, Any]
 Pictures = Callable[[], dict[str, Figure]]
@@ -27,6 +30,12 @@ class Hook:
 
     def on_step(self, metrics: Metrics) -> None:
         """After each optimizer step, with the object that goes to metrics.jsonl."""
+
+    def on_layers(self, step: int, sums: LayerSums) -> None:
+        """Before `on_step` of every tenth step: what the configurators did, over all ranks."""
+
+    def on_trace(self, record: Metrics) -> None:
+        """After a step that is kept for `megaboat balance simulate`."""
 
     def on_evaluation(self, step: int, result: Metrics) -> None:
         """After each evaluation, with `evaluate.evaluate`'s result."""
@@ -76,10 +85,10 @@ class ProgressLines(Hook):
 
 
 class JsonLines(Hook):
-    """`metrics.jsonl` and `evaluation.jsonl`, one object a line; a resumed run drops the steps that it repeats."""
+    """`metrics.jsonl`, `evaluation.jsonl` and `trace.jsonl`, one object a line; a resumed run drops what it repeats."""
 
     def __init__(self, folder: Path) -> None:
-        self._paths = {"metrics": folder / "metrics.jsonl", "evaluation": folder / "evaluation.jsonl"}
+        self._paths = {name: folder / f"{name}.jsonl" for name in ("metrics", "evaluation", "trace")}
 
     def on_start(self, step: int, steps: int) -> None:
         for name, path in self._paths.items():
@@ -93,6 +102,9 @@ class JsonLines(Hook):
 
     def on_step(self, metrics: Metrics) -> None:
         self._write("metrics", metrics)
+
+    def on_trace(self, record: Metrics) -> None:
+        self._write("trace", record)
 
     def on_evaluation(self, step: int, result: Metrics) -> None:
         self._write("evaluation", result)
@@ -122,6 +134,17 @@ class TensorBoard(Hook):
                 self._writer.add_scalar(f"train/{name}", value, step)
         for layer, ratio in enumerate(metrics["activation_ratio"]):
             self._writer.add_scalar(f"activation/layer_{layer:02d}", ratio, step)
+        for name, value in metrics.get("balance", {}).items():
+            self._writer.add_scalar(f"balance/{name}", value, step)
+        for name, values in metrics.get("layers", {}).items():
+            named = {f"{key}/": value for key, value in values.items()} if isinstance(values, dict) else {"": values}
+            for key, by_layer in named.items():
+                for layer, value in enumerate(by_layer):
+                    self._writer.add_scalar(f"act/{name}/{key}layer_{layer:02d}", value, step)
+
+    def on_layers(self, step: int, sums: LayerSums) -> None:
+        for layer, counts_K in enumerate(sums.margins_LMK.sum(1)):
+            add_counts(self._writer, f"margin/layer_{layer:02d}", counts_K, step)
 
     def on_evaluation(self, step: int, result: Metrics) -> None:
         for name, domain in {**result["domains"], "overall": result["overall"]}.items():
@@ -141,6 +164,25 @@ class TensorBoard(Hook):
 def last_evaluation(folder: Path) -> float:
     """The step of the last line of `evaluation.jsonl`, 0 where there is none."""
     return max(map(_step, _lines(folder / "evaluation.jsonl")), default=0)
+
+
+def add_counts(writer: SummaryWriter, name: str, counts_K: np.ndarray, step: int) -> None:
+    """A histogram whose counts are known; the bins at both ends that are empty are left out."""
+    used = np.flatnonzero(counts_K)
+    kept = slice(used[0], used[-1] + 1)
+    counts_K, low_K, high_K = counts_K[kept], EDGES[:-1][kept], EDGES[1:][kept]
+    middle_K = (low_K + high_K) / 2
+    writer.add_histogram_raw(
+        name,
+        min=float(low_K[0]),
+        max=float(high_K[-1]),
+        num=int(counts_K.sum()),
+        sum=float(counts_K @ middle_K),
+        sum_squares=float(counts_K @ middle_K**2),
+        bucket_limits=high_K.tolist(),
+        bucket_counts=counts_K.tolist(),
+        global_step=step,
+    )
 
 
 def _step(line: str) -> float:

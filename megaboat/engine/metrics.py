@@ -2,8 +2,9 @@
 
 import signal
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,8 +12,20 @@ from megaboat.data.batch import IGNORE, Batch
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.model.config import SeqBoatConfig
-from megaboat.model.flops import Work, count_work, forward_flops, llama_flops, peak_flops
+from megaboat.model.flops import Work, count_work_by_part, forward_flops, llama_flops, peak_flops, unit_flops
 from megaboat.model.seqboat import ModelOutput
+
+
+class Windows(NamedTuple):
+    """The windows of a global batch as they were computed: share after share of the data, in the order of micro-steps.
+
+    N windows.
+    """
+
+    number_N: np.ndarray
+    crc_N: np.ndarray
+    rows_NLM: np.ndarray
+    pairs_NLM: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -24,16 +37,25 @@ class GlobalSums:
     tokens: int
     work: Work
     """Active rows and pairs by layer and module; empty for a dense model."""
+    windows: Windows
     imbalance: float
     """Active rows of the busiest rank over the mean of ranks."""
-    crcs: list[int]
-    """Of each window of the global batch, in order."""
+    work_seconds_D: np.ndarray
+    """What the slowest rank of each share of the data worked in this step, see `Stopwatch`."""
+    extra_N: np.ndarray
+    """What the shares of the data added to the gather, in their order."""
     signal: str | None
     """A signal that some rank received."""
     seconds_R: list[float]
     """Of each rank's forward passes in the step before, as `ComputeTimer.take` gives them."""
     flops_R: list[float]
     """Of each rank's forward passes in this step."""
+
+    @property
+    def crcs(self) -> list[int]:
+        """Of each window of the global batch, in the order of windows."""
+        order = np.argsort(self.windows.number_N)
+        return [int(crc) for crc in self.windows.crc_N[order]]
 
 
 class StepSums:
@@ -42,42 +64,56 @@ class StepSums:
     def __init__(self, config: RunConfig) -> None:
         self._model = config.model
         self._parts: list[Tensor] = []
+        self._records: list[Tensor] = []
+        self._labels: list[tuple[int, int]] = []
         self._tokens = 0
 
     def add(self, output: ModelOutput, batch: Batch) -> None:
-        """Count a micro-batch: nll, targets, and the work of each layer."""
+        """Count a micro-batch: nll, targets, and the work of each layer in each window."""
         assert output.nll is not None, "targets were given"
-        figures = [output.nll.detach().double(), (batch.targets_BT != IGNORE).sum().double()]
+        self._parts.append(torch.stack([output.nll.detach().double(), (batch.targets_BT != IGNORE).sum().double()]))
         if isinstance(self._model, SeqBoatConfig):
             active_LXM = torch.stack([routing.active_XM for routing in output.routings])
-            work = count_work(active_LXM, batch.cu_seqlens, self._model.window)
-            figures += [*work.rows_LM.double().flatten(), *work.pairs_LM.double().flatten()]
-        self._parts.append(torch.stack(figures))
+            work = count_work_by_part(active_LXM, batch.cu_seqlens, self._model.window, len(batch.windows))
+            self._records.append(torch.stack(list(work), 1).double().flatten(1))
+        self._labels += zip(batch.windows, batch.crcs, strict=True)
         self._tokens += batch.tokens_BT.numel()
 
-    def gather(self, ranks: Ranks, crcs: tuple[int, ...], received: str | None, seconds: float = 0.0) -> GlobalSums:
-        """One collective: sums, times, crcs and the wish to stop of all ranks. Floats of 64 bits hold them exactly."""
+    def gather(
+        self, ranks: Ranks, seconds: float, work_seconds: float, received: str | None, extra: np.ndarray
+    ) -> GlobalSums:
+        """One collective: sums, records of windows and the wish to stop of all ranks, and `extra`, of equal length on
+        all ranks. Floats of 64 bits hold them all exactly."""
         mine = torch.stack(self._parts).sum(0)
         number = float(signal.Signals[received]) if received else 0.0
-        tail = torch.tensor([self._tokens, number, seconds, *crcs], dtype=torch.float64, device=mine.device)
-        everyone = ranks.gather(torch.cat([mine, tail])[None]).cpu()
-        sums, tails = everyone[:, : len(mine)], everyone[:, len(mine) :]
+        head = torch.cat([mine, mine.new_tensor([self._tokens, number, seconds, work_seconds])])
+        labels = torch.tensor(self._labels, dtype=torch.float64, device=mine.device)
+        records = torch.cat([labels, *([torch.cat(self._records)] if self._records else [])], 1)
+        vector = torch.cat([head, records.flatten(), torch.from_numpy(extra).to(head).flatten()])
+        everyone = ranks.gather(vector[None]).cpu().numpy()
+        heads_RC, rest = np.split(everyone, [len(head)], 1)
+        tables, extras = np.split(rest, [records.numel()], 1)
+        table_RNC = tables.reshape(ranks.size, *records.shape)
+        work_RN = table_RNC[..., 2:].reshape(*table_RNC.shape[:2], 2, *self._shape())
+        rows_R, pairs_R = work_RN.sum((1, 3, 4)).T
         copies = slice(None, None, ranks.tensor)  # the ranks of a copy counted the same
-        total = sums[copies].sum(0)
-        shape = self._shape()
-        rows, pairs = total[2:].view(2, *shape)
-        busy, attended = sums[:, 2:].unflatten(1, (2, rows.numel())).sum(2).unbind(1)
-        signals = tails[:, 1].long().tolist()
+        shares = slice(None, None, ranks.tensor * ranks.sequence)  # and those of a row read the same windows
+        work = work_RN[copies].reshape(ranks.data_size, ranks.sequence, *work_RN.shape[1:]).sum(1)
+        work = work.reshape(-1, 2, *self._shape())
+        numbers_N, crcs_N = table_RNC[shares, :, :2].reshape(-1, 2).astype(np.int64).T
+        signals = heads_RC[:, 3].astype(int).tolist()
         return GlobalSums(
-            nll=float(total[0]),
-            targets=float(total[1]),
-            tokens=int(tails[copies, 0].sum()),
-            work=Work(rows, pairs),
-            imbalance=float(busy.max() / busy.mean()) if busy.sum() > 0 else 1.0,
-            crcs=[int(crc) for crc in tails[:: ranks.tensor * ranks.sequence, 3:].flatten().tolist()],
+            nll=float(heads_RC[copies, 0].sum()),
+            targets=float(heads_RC[copies, 1].sum()),
+            tokens=int(heads_RC[copies, 2].sum()),
+            work=Work(*(torch.from_numpy(part) for part in work.sum(0))),
+            windows=Windows(numbers_N, crcs_N, work[:, 0], work[:, 1]),
+            imbalance=float(rows_R.max() / rows_R.mean()) if rows_R.sum() > 0 else 1.0,
+            work_seconds_D=heads_RC[:, 5].reshape(ranks.data_size, -1).max(1),
+            extra_N=extras[shares].reshape(-1, *extra.shape[1:]),
             signal=next((signal.Signals(number).name for number in signals if number), None),
-            seconds_R=tails[:, 2].tolist(),
-            flops_R=self._flops(tails[:, 0], busy, attended),
+            seconds_R=heads_RC[:, 4].tolist(),
+            flops_R=self._flops(*(torch.from_numpy(column) for column in (heads_RC[:, 2], rows_R, pairs_R))),
         )
 
     def _flops(self, tokens_R: Tensor, rows_R: Tensor, pairs_R: Tensor) -> list[float]:
@@ -85,11 +121,7 @@ class StepSums:
         model = self._model
         if not isinstance(model, SeqBoatConfig):
             return tokens_R.tolist()
-        none, one = torch.zeros(()), torch.ones(())
-        token, row, pair = (
-            forward_flops(model, tokens, Work(rows, pairs))
-            for tokens, rows, pairs in ((1, none, none), (0, one, none), (0, none, one))
-        )
+        token, row, pair = unit_flops(model)
         return (token * tokens_R + row * rows_R + pair * pairs_R).tolist()
 
     def _shape(self) -> tuple[int, int]:

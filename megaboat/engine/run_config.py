@@ -12,6 +12,7 @@ from megaboat.errors import BadInput
 from megaboat.model.config import ModelConfig, SeqBoatConfig
 from megaboat.parallel import sequence as pieces
 from megaboat.parallel import tensor as cut
+from megaboat.parallel.balance.config import BalanceConfig
 
 
 class TrainConfig(Section):
@@ -64,6 +65,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
+    balance: BalanceConfig = BalanceConfig()
 
     def check_world(self, ranks: int) -> None:
         """Raises BadInput when the model or the batch cannot be dealt to the ranks."""

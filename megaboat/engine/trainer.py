@@ -6,7 +6,9 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from megaboat.data.batch import IGNORE, Batch
 from megaboat.data.dataset import Dataset
 from megaboat.data.ledger import Ledger, step_crc
 from megaboat.data.loader import Loader
+from megaboat.engine.balance import Balance
 from megaboat.engine.checkpoint import save_checkpoint
 from megaboat.engine.deepspeed import Engine
 from megaboat.engine.evaluate import documents, evaluate
@@ -24,9 +27,11 @@ from megaboat.engine.optim import learning_rate
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import Outcome, Stopped, StopRequest
+from megaboat.engine.stopwatch import Stopwatch
 from megaboat.engine.stragglers import ComputeTimer, Stragglers
 from megaboat.engine.watchdog import Watchdog
 from megaboat.errors import Diverged
+from megaboat.log import get_logger
 
 AGREE_EVERY = 8  # batches of an evaluation: a collective and a wait for the device each time
 
@@ -46,10 +51,11 @@ class Trainer:
         watchdog: Watchdog,
         hooks: Sequence[Hook],
         step: int,
+        balance: Balance | None = None,
     ) -> None:
         self.config, self.ranks, self.dataset = config, ranks, dataset
         self.engine, self.loader, self.ledger, self.hooks = engine, loader, ledger, hooks
-        self.step = step
+        self.step, self.balance = step, balance
         self.fence, self.watchdog = fence, watchdog
         self.timer = ComputeTimer(ranks.device)
         self.stragglers = Stragglers(ranks.gather_objects(socket.gethostname()))
@@ -100,10 +106,13 @@ class Trainer:
         waited = time.perf_counter() - started
         # Dropout draws the same after a resume and on all ranks of a copy, but not on another number of copies.
         torch.manual_seed(hash((self.config.train.seed, self.step, self.ranks.replica)))
-        sums = self._forward_backward(batch)
+        first = self.loader.consumed_windows - self.config.train.global_batch
+        work = Stopwatch(self.ranks.device)
+        sums = self._forward_backward(batch, work)
+        ahead = self.balance.look_ahead(first) if self.balance else np.empty((0, 1))
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         self.watchdog.beat("gather")
-        everyone = sums.gather(self.ranks, batch.crcs, stop.received, self.timer.take())
+        everyone = sums.gather(self.ranks, self.timer.take(), work.read(), stop.received, ahead)
         if not math.isfinite(everyone.nll):
             raise Diverged(
                 f"step {self.step + 1}: the loss is {everyone.nll}; windows {self.loader.consumed_windows} and before "
@@ -120,20 +129,28 @@ class Trainer:
         self._record(everyone, lr, grad_norm, time.perf_counter() - started, waited)
         return everyone.signal
 
-    def _forward_backward(self, batch: Batch) -> StepSums:
+    def _forward_backward(self, batch: Batch, work: Stopwatch) -> StepSums:
         """Gradients of the mean loss over the targets of all ranks: normalised by the global count, never per rank."""
         self.engine.train()
         targets = self.ranks.sum((batch.targets_BT != IGNORE).sum().to(self.ranks.device))
         scale = self.ranks.replicas / targets  # DeepSpeed divides the sum over replicas by their number
+        tokens = self.config.train.global_batch * self.config.data.seq_len
         sums = StepSums(self.config)
         rows_a_window = batch.rows // len(batch.crcs)
         parts = batch.micro_batches(self.config.train.micro_batch * rows_a_window)
         for i, part in enumerate(parts):
             part = part.to(self.ranks.device)
-            with self.timer:
+            if self.balance:
+                self.balance.control.begin(part.cu_seqlens)
+            with self.timer, work:
                 output = self.engine(part.tokens_BT, documents(part), part.targets_BT)
             self.watchdog.beat("backward")
-            self.engine.backward(output.nll * scale)
+            loss = output.nll * scale
+            if self.balance:
+                self.balance.observe(self.step + 1, output.routings, part.cu_seqlens)
+                loss = self.balance.control.add_losses(loss, output.routings, self.ranks.replicas / tokens)
+            with work.backward:
+                self.engine.backward(loss)
             sums.add(output, part)
             if i + 1 < len(parts):
                 self.engine.next_micro_batch()
@@ -180,6 +197,7 @@ class Trainer:
             "data": self.loader.state(self.step, self._last_crc),
             "tokenizer": tokenizer | {"start_id": self.dataset.start_id},
             "vocab_size": self.dataset.vocab_size,
+            "balance": self.balance.state() if self.balance else None,
         }
         save_checkpoint(
             self.config.train.out / "checkpoints",
@@ -211,8 +229,25 @@ class Trainer:
         metrics = step_metrics(
             self.config, everyone, self.step, tokens, lr, grad_norm, seconds, waited, self.ranks, slowness
         )
+        if self.balance:
+            metrics |= self._balance_step(everyone, seconds)
         for hook in self.hooks:
             hook.on_step(metrics)
+
+    def _balance_step(self, everyone: GlobalSums, seconds: float) -> dict[str, Any]:
+        """Plan what comes next from what was measured. Figures for the step's metrics."""
+        assert self.balance is not None
+        first = self.loader.consumed_windows - self.config.train.global_batch
+        figures, sums, said = self.balance.end(self.step, first, everyone)
+        trace = self.balance.trace(self.step, everyone, seconds)
+        for hook in self.hooks:
+            if sums is not None and "layers" in figures:
+                hook.on_layers(self.step, sums)
+            if trace is not None:
+                hook.on_trace(trace)
+        for sentence in said if self.ranks.is_first else []:
+            get_logger().warning("%s", sentence)
+        return figures
 
 
 def _due(step: int, every: int) -> bool:

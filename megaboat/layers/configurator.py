@@ -16,9 +16,12 @@ class Routing(NamedTuple):
     active_XM: Tensor
     """bool: the module runs on the token. No gradient."""
     confidence_XM: Tensor
-    """fp32: probability of the decision where active, in (1/2, 1); 0 elsewhere. Carries the only gradient."""
+    """fp32: probability of the decision where active, in (1/2, 1) at threshold 0; 0 elsewhere. Carries the only
+    gradient."""
     margin_XM: Tensor
     """fp32: logit of activating minus logit of skipping, before the temperature."""
+    temperature_M: Tensor
+    """fp32: of each module. No gradient."""
 
 
 class PreciseLinear(nn.Linear):
@@ -33,19 +36,22 @@ class PreciseLinear(nn.Linear):
 class Configurator(nn.Module):
     """Two logits a module from a linear map, a hard argmax without gradient, a tempered softmax for the confidence.
 
-        m = 1[u_1 > u_0]     P = softmax(u / temperature)     c = m P_1     (a tie skips)
+        m = 1[u_1 - u_0 > threshold]     P = softmax(u / temperature)     c = m P_1     (a tie skips)
 
-    Parameters in fp32. `center_D` is subtracted from the input: zero as published, the mean input of a batch
-    after `calibrate`, so that weight updates do not shift all tokens of a layer at once.
+    The threshold is 0 as published; a budget moves it (`parallel.balance.control`): that changes what is selected,
+    no confidence. Parameters in fp32. `center_D` is subtracted from the input: zero as published, the mean input of a
+    batch after `calibrate`, so that weight updates do not shift all tokens of a layer at once.
     """
 
     center_D: Tensor
+    threshold_M: Tensor
 
     def __init__(self, width: int, modules: int) -> None:
         super().__init__()
         self.logits = PreciseLinear(width, 2 * modules)
         self.log_temperature = nn.Parameter(torch.empty(modules))
         self.register_buffer("center_D", torch.zeros(width))
+        self.register_buffer("threshold_M", torch.zeros(modules))
         self.agree: Callable[[Tensor], Tensor] | None = None
         """Makes one decision of the decisions that several holders of the layer took on the same tokens."""
 
@@ -54,10 +60,11 @@ class Configurator(nn.Module):
         with torch.autocast(h_XD.device.type, enabled=False):
             margin_XM = self.logits(h_XD, self.center_D)
             if active_XM is None:
-                active_XM = margin_XM.detach() > 0
+                active_XM = margin_XM.detach() > self.threshold_M
                 active_XM = active_XM if self.agree is None else self.agree(active_XM)
-            confidence_XM = torch.sigmoid(margin_XM / self.log_temperature.exp()) * active_XM
-        return Routing(active_XM, confidence_XM, margin_XM)
+            temperature_M = self.log_temperature.exp()
+            confidence_XM = torch.sigmoid(margin_XM / temperature_M) * active_XM
+        return Routing(active_XM, confidence_XM, margin_XM, temperature_M.detach())
 
     @torch.no_grad()
     def calibrate(self, h_XD: Tensor) -> None:

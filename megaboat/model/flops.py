@@ -28,24 +28,46 @@ class Work(NamedTuple):
     pairs_LM: Tensor
 
 
+class UnitFlops(NamedTuple):
+    """FLOPs of a forward pass for each token of a window (all layers and the head), each active row, each pair."""
+
+    token: float
+    row: float
+    pair: float
+
+
 def count_work(active_LXM: Tensor, cu_seqlens: Tensor, window: int) -> Work:
     """Active rows and query-key pairs; the i-th active row of a document attends to min(i, window) + 1 rows."""
+    work = count_work_by_part(active_LXM, cu_seqlens, window, 1)
+    return Work(work.rows_LM[0], work.pairs_LM[0])
+
+
+def count_work_by_part(active_LXM: Tensor, cu_seqlens: Tensor, window: int, parts: int) -> Work:
+    """The same for each of `parts` equal parts of the X tokens, whose borders are document borders: (parts, L, M)."""
     count_LXM = active_LXM.long().cumsum(1)
     zero = torch.zeros_like(count_LXM[:, :1])
     rows_LSM = torch.cat([zero, count_LXM], 1)[:, cu_seqlens.long()].diff(dim=1)
     inside = rows_LSM.clamp_max(window + 1)
     pairs_LSM = inside * (inside + 1) // 2 + (rows_LSM - inside) * (window + 1)
-    return Work(rows_LSM.sum(1), pairs_LSM.sum(1))
+    part_S = cu_seqlens[:-1].long() * parts // active_LXM.shape[1]
+    L, _, M = active_LXM.shape
+    sums = [x.new_zeros(parts, L, M).index_add_(0, part_S, x.transpose(0, 1)) for x in (rows_LSM, pairs_LSM)]
+    return Work(*sums)
 
 
-def forward_flops(config: SeqBoatConfig, tokens: int, work: Work) -> float:
-    """Of a SeqBoat stack with its head, for `tokens` tokens of which the work was measured."""
+def unit_flops(config: SeqBoatConfig) -> UnitFlops:
+    """What a SeqBoat stack with its head spends on a token, an active row and a pair."""
     d, z, e, n = config.width, config.qk_dim, config.value_dim or 0, config.ema_order
     every_token = 2 * d * d + 2 * d * 2 * config.modules + d * (4 * n + 2) + 3 * 2 * d * (config.ffn_dim or 0)
     active_row = 2 * d * (z + 2 * e) + 2 * e * d
     pair = 2 * z * (config.heads or 1) + 2 * e
-    sparse = active_row * float(work.rows_LM.sum()) + pair * float(work.pairs_LM.sum())
-    return config.layers * every_token * tokens + sparse + head_flops(config, tokens)
+    return UnitFlops(config.layers * every_token + head_flops(config, 1), active_row, pair)
+
+
+def forward_flops(config: SeqBoatConfig, tokens: int, work: Work) -> float:
+    """Of a SeqBoat stack with its head, for `tokens` tokens of which the work was measured."""
+    token, row, pair = unit_flops(config)
+    return token * tokens + row * float(work.rows_LM.sum()) + pair * float(work.pairs_LM.sum())
 
 
 def llama_flops(config: LlamaConfig, tokens: int, length: int) -> float:

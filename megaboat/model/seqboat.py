@@ -203,6 +203,7 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
         truncated(module.skip, 1.0)
     elif isinstance(module, Configurator):
         module.center_D.zero_()
+        module.threshold_M.zero_()
         module.log_temperature.fill_(initial_log_temperature(config.width, config.temperature_scale))
     elif isinstance(module, LayerNorm) and module.weight is not None:
         module.weight.fill_(1)

@@ -4,9 +4,15 @@
 
 import argparse
 
-from megaboat.tools import bench_data, bench_decode, bench_kernels, bench_train
+from megaboat.tools import bench_balance, bench_data, bench_decode, bench_kernels, bench_train
 
-BENCHES = {"data": bench_data, "kernels": bench_kernels, "train": bench_train, "decode": bench_decode}
+BENCHES = {
+    "balance": bench_balance,
+    "data": bench_data,
+    "kernels": bench_kernels,
+    "train": bench_train,
+    "decode": bench_decode,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

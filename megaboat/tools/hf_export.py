@@ -50,7 +50,7 @@ def export(
     begin = start_id(checkpoint, tokenizer)
     held_out = hf_proof.held_out(config, tokenizer, text)
     tensors = checkpoint.model()
-    state = {key: value for key, value in checkpoint.state.items() if key != "format"}
+    state = {key: value for key, value in checkpoint.state.items() if key not in ("format", "balance")}
     with _Folder(out) as folder:
         write_tokenizer(tokenizer, begin, folder)
         write_weights(folder, tensors, config, shard_bytes)

@@ -83,7 +83,9 @@ def batch_of(tokens: Tensor) -> Batch:
     """Rows of documents that begin at 0 and BORDER, of which the second is longer than a window and a piece."""
     windows = tokens.numpy()
     borders = [np.array([0, BORDER])] * len(windows)
-    return assemble(windows, borders, np.zeros(len(windows), np.int64), (0,) * len(windows), 0, LENGTH)
+    return assemble(
+        windows, borders, np.zeros(len(windows), np.int64), (0,) * len(windows), range(len(windows)), LENGTH
+    )
 
 
 def force(model: nn.Module, now: dict[str, Tensor]) -> None:
@@ -94,7 +96,7 @@ def force(model: nn.Module, now: dict[str, Tensor]) -> None:
         active_XM = (routing.active_XM | (first_X1 == EAGER)) & (first_X1 != SILENT)
         eager_XM = torch.sigmoid(routing.margin_XM) * (first_X1 == EAGER)
         kept_XM = routing.confidence_XM * ((first_X1 != EAGER) & (first_X1 != SILENT))
-        return Routing(active_XM, kept_XM + eager_XM, routing.margin_XM)
+        return routing._replace(active_XM=active_XM, confidence_XM=kept_XM + eager_XM)
 
     model.blocks[1].sma.configurator.register_forward_hook(hook)
 

@@ -76,7 +76,7 @@ def three_modules() -> SparseModularActivation:
 
 
 def routing_of(active_XM: Tensor, confidence_M: Tensor) -> Routing:
-    return Routing(active_XM, active_XM * confidence_M, torch.zeros(active_XM.shape))
+    return Routing(active_XM, active_XM * confidence_M, torch.zeros(active_XM.shape), torch.ones_like(confidence_M))
 
 
 def on_every_token(subset: tuple[bool, ...]) -> Tensor:
