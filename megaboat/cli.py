@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": ("megaboat.tools.convert", "to Hugging Face's format, proved before it is kept, and back"),
     "report": ("megaboat.tools.report", "pictures of a run and one offline page that explains them"),
     "tokenizer": ("megaboat.tools.tokenizer", "train a sentencepiece tokenizer"),
+    "balance": ("megaboat.tools.balance", "from a trace: what many ranks would wait for each other"),
     "bench": ("megaboat.tools.bench", "measure the data path and the kernels beside their peers"),
     "doctor": ("megaboat.tools.doctor", "what is installed, what is missing and how to get it"),
 }
