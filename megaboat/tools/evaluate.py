@@ -4,11 +4,13 @@ megaboat eval runs/quickstart                         the validation split of th
 megaboat eval runs/quickstart --data corpora/other    another dataset made with the same tokenizer
 megaboat eval runs/quickstart --text novel.txt        a text of yours
 megaboat eval runs/quickstart --documents             each document alone, as `lm_eval` scores the export
+megaboat eval runs/quickstart --activation-bias=-2,-1,0,1,2,inf --picture curve.png      quality against FLOPs
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from megaboat.engine.evaluate import evaluate
 from megaboat.engine.ranks import Ranks
 from megaboat.errors import BadInput
 from megaboat.log import setup_logging
+from megaboat.tools import thresholds
 from megaboat.tools.baselines import baselines
 from megaboat.tools.loading import LoadedRun, load_run
+from megaboat.tools.report_page import png
 
 ROWS = 8
 
@@ -47,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also token unigrams, bigrams and zlib -9; holds the training tokens in memory",
     )
+    parser.add_argument(
+        "--activation-bias",
+        type=thresholds.parse,
+        metavar="B,B,...",
+        help="also at other thresholds: lowered by B temperatures of each layer, inf: all tokens active",
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curve of --activation-bias (PNG)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
 
 
@@ -57,6 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
             "--baselines reads a whole packed split, and learns from the training split beside it: without --text, "
             "--max-tokens and --documents"
         )
+    if arguments.picture and not arguments.activation_bias:
+        raise BadInput("--picture draws what --activation-bias measures: name some biases")
     loaded = load_run(arguments.run)
     with tempfile.TemporaryDirectory() as scratch:
         dataset = _dataset(arguments, loaded, Path(scratch))
@@ -65,13 +78,21 @@ def run(arguments: argparse.Namespace) -> None:
             raise BadInput(
                 f"{name}: no symbol stands between documents, so none can be read alone: without --documents"
             )
-        result = _evaluate(arguments, loaded, dataset)
+        evaluate_on = _evaluation(arguments, loaded, dataset)
+        result = evaluate_on(loaded.model)
         peers = baselines(dataset, arguments.split) if arguments.baselines else {}
+        biases = arguments.activation_bias or []
+        points = thresholds.curve(loaded.model, biases, evaluate_on) if biases else []
     print(table(result, peers))
+    if points:
+        print("\n" + thresholds.table(points))
+    if arguments.picture:
+        arguments.picture.write_bytes(png(thresholds.figure(points)))
     if peers and arguments.data is None and arguments.split == "val" and (arguments.run / "checkpoints").is_dir():
         (arguments.run / "baselines.json").write_text(json.dumps(peers, indent=1) + "\n")  # the report shows them
     if arguments.json:
-        arguments.json.write_text(json.dumps(result | {"baselines": peers}, indent=1) + "\n")
+        figures = result | {"baselines": peers, "thresholds": thresholds.as_json(points)}
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _positive(text: str) -> int:
@@ -116,11 +137,16 @@ def _dataset(arguments: argparse.Namespace, loaded: LoadedRun, scratch: Path) ->
     return dataset
 
 
-def _evaluate(arguments: argparse.Namespace, loaded: LoadedRun, dataset: Dataset) -> dict[str, Any]:
+def _evaluation(arguments: argparse.Namespace, loaded: LoadedRun, dataset: Dataset) -> Callable[[Any], dict[str, Any]]:
+    """What `evaluate` says of a forward pass, with the data that the options name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = loaded.model.to(device).eval()
+    loaded.model.to(device).eval()
     config = DataConfig(path=dataset.path, seq_len=arguments.seq_len or loaded.data.seq_len)
     bf16 = device.type == "cuda" and loaded.config.train.precision == "bf16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        ranks, limit = Ranks(0, 1, device), arguments.max_tokens
-        return evaluate(model, config, dataset, ranks, ROWS, limit, arguments.split, alone=arguments.documents)
+
+    def evaluate_on(forward: Any) -> dict[str, Any]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            ranks, limit = Ranks(0, 1, device), arguments.max_tokens
+            return evaluate(forward, config, dataset, ranks, ROWS, limit, arguments.split, alone=arguments.documents)
+
+    return evaluate_on

@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from megaboat.errors import BadInput
+from megaboat.tools.report_balance import Details, build_details
 
 BASELINES = ("unigram", "bigram", "zlib")
 SERIES = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_time", "mfu", "imbalance")
@@ -62,6 +63,7 @@ class Run:
     baselines: dict[str, dict[str, float]]  # of BASELINES those that there are: domain or "overall" -> bits per byte
     config: dict[str, Any]
     outcome: dict[str, Any]
+    details: Details = field(default_factory=Details)
     notes: list[str] = field(default_factory=list)  # what was missing or damaged, in sentences
 
     @property
@@ -87,7 +89,8 @@ def read_run(folder: Path) -> Run:
     file = folder / "metrics.jsonl"
     if not file.is_file():
         raise BadInput(f"{folder}: no metrics.jsonl, so this is not a run folder, or the run has not begun to train")
-    metrics = build_metrics(_read_lines(file, notes))
+    lines = _read_lines(file, notes)
+    metrics = build_metrics(lines)
     if not len(metrics.step):
         raise BadInput(f"{file}: not one finished step; train first")
     missing = int(metrics.step[-1] - metrics.step[0]) + 1 - len(metrics.step)
@@ -102,6 +105,7 @@ def read_run(folder: Path) -> Run:
         baselines=_baselines(_read_object(folder / "baselines.json", notes)),
         config=_read_object(folder / "config.yaml", notes),
         outcome=_read_object(folder / "outcome.json", notes),
+        details=build_details(lines),
         notes=notes,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from megaboat.tools.report_balance import balance_figures
 from megaboat.tools.report_data import BASELINES, Evaluation, Metrics, Run
 from megaboat.tools.report_style import (
     DARK,
@@ -46,6 +47,7 @@ def all_figures(run: Run, theme: Theme = LIGHT) -> dict[str, Figure]:
         figures["activation_by_step"] = activation_by_step_figure(run.metrics, theme)
     if last is not None and last.overall.activation:
         figures["activation_by_domain"] = activation_by_domain_figure(last, theme)
+    figures |= balance_figures(run.details, theme)
     figures["schedule"] = schedule_figure(run.metrics, theme)
     figures["throughput"] = throughput_figure(run.metrics, theme)
     return figures

@@ -13,6 +13,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from megaboat import __version__
+from megaboat.tools import report_balance
 from megaboat.tools import report_words as words
 from megaboat.tools.report_data import BASELINES, Evaluation, Run, Score
 from megaboat.tools.report_figures import ALL_TEXT, BASELINE_NAMES
@@ -61,7 +62,8 @@ CAPTIONS = {
 def write_page(run: Run, light: dict[str, Figure], dark: dict[str, Figure], file: Path) -> None:
     """Put the pictures in both themes, the table and the words into `file`."""
     alternatives = words.describe_pictures(run)
-    captions = CAPTIONS if run.evaluations else {**CAPTIONS, "loss": LOSS_ALONE}
+    captions = CAPTIONS | report_balance.CAPTIONS
+    captions = captions if run.evaluations else {**captions, "loss": LOSS_ALONE}
     images = {name: _figure(name, light[name], dark[name], alternatives[name], captions[name]) for name in light}
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{run.name}: a megaboat run"),
@@ -90,12 +92,15 @@ def _sections(run: Run, images: dict[str, str]) -> list[str]:
     last = run.last_evaluation
     quality = [_table(run, last)] if last is not None else ["<p>No evaluation yet.</p>"]
     sections.append(_section("How well does it predict?", *quality, images.get("bits_per_byte", ""), images["loss"]))
-    decisions = [images[name] for name in ("activation_by_step", "activation_by_domain") if name in images]
+    pictures = ("activation_by_step", "activation_by_domain", "inside_the_switches")
+    decisions = [images[name] for name in pictures if name in images]
     if decisions:
         sections.append(_section("Where did it look back?", *decisions))
     told = "".join(f"<li>{escape(remark[:1].upper() + remark[1:])}</li>" for remark in words.remarks(run))
     sections.append(_section("Honest remarks", f'<ul class="remarks">{told}</ul>'))
     sections.append(_section("How did the training go?", images["schedule"], images["throughput"]))
+    if "balance" in images:
+        sections.append(_section("Was the work shared evenly?", images["balance"]))
     sections.append(_section("Go on from here", _next_steps(run), _config(run)))
     return sections
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from megaboat.tools import report_balance
 from megaboat.tools.report_data import BASELINES, Evaluation, Run
 from megaboat.tools.report_figures import BASELINE_NAMES
 
@@ -154,7 +155,7 @@ def describe_pictures(run: Run) -> dict[str, str]:
         bits = [f"{name} {score.bits_per_byte:.2f}" for name, score in last.domains.items()]
         told["bits_per_byte"] = f"Dot chart of bits per byte. This model: {', '.join(bits)}."
         told["activation_by_domain"] = f"Heatmap of activation by domain and layer. {_ratios(last.overall.activation)}"
-    return told
+    return told | report_balance.describe(run.details)
 
 
 def _ratios(ratios: np.ndarray | list[float]) -> str:
