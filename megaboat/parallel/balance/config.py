@@ -26,6 +26,7 @@ class BalanceConfig(Section):
     ratio_loss: float = pydantic.Field(0.0, ge=0)
     """Weight of a loss that pulls each layer towards `ratio_target`; its gradient reaches skipped tokens too."""
     ratio_target: Share = 0.3
+    """Share of tokens that the ratio loss pulls to."""
     z_loss: float = pydantic.Field(0.0, ge=0)
     """Weight of a loss on large logits."""
     capacity: Share | None = None
