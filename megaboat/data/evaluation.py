@@ -95,7 +95,7 @@ def _batch_of(windows: list[_Window], number: int) -> Batch:
         scored_NL[row, scored_from : len(ids) - 1] = True
     crcs = tuple(map(zlib.crc32, window_NL))
     nowhere = [np.empty(0, np.int64)] * len(windows)
-    batch = assemble(window_NL, nowhere, np.full(len(windows), number), crcs, 0, length)
+    batch = assemble(window_NL, nowhere, np.full(len(windows), number), crcs, range(len(windows)), length)
     batch.targets_BT.numpy()[~scored_NL] = IGNORE
     return batch
 

@@ -21,7 +21,7 @@ BORDERS = [[0, 30], [0]]
 
 
 def batch_of(tokens: Tensor) -> Batch:
-    return assemble(tokens.numpy(), [np.array(row) for row in BORDERS], np.zeros(2, np.int64), (0, 0), 0, LENGTH)
+    return assemble(tokens.numpy(), [np.array(row) for row in BORDERS], np.zeros(2, np.int64), (0, 0), (0, 1), LENGTH)
 
 
 def test_pieces_keep_tokens_positions_and_borders() -> None:
