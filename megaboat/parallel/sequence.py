@@ -3,11 +3,11 @@
 Only two things cross a border, in each layer: the EMA's state (D x N) and the last W activated rows before the
 attention's affine maps (Z + E numbers each). Every rank gathers those of all pieces and takes what lies before its own,
 which may come from several pieces back where few tokens are activated. Decisions, norms and linear maps see one token.
-
-    received a layer, row and rank, for S ranks:  (S - 1) (4 D N + 2 W (Z + E)) bytes in bf16, whatever the row's length
+`traffic` counts the bytes: they do not depend on the row's length.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,28 @@ def obstacle(config: ModelConfig, lengths: set[int], sequence: int) -> str | Non
         None
         if uneven is None
         else f"rows of {uneven} tokens cannot be cut into parallel.sequence {sequence} equal pieces"
+    )
+
+
+class Traffic(NamedTuple):
+    """Bytes that a rank receives in one layer's forward pass for one row, activations in bf16."""
+
+    ours: int
+    ring: int
+    """Ring attention over every token (Liu et al. 2023): keys and values of width D of all other pieces."""
+    ulysses: int
+    """DeepSpeed-Ulysses (Jacobs et al. 2023): q, k, v and o of width D, from by tokens to by heads and back."""
+
+
+def traffic(config: SeqBoatConfig, tokens: int, sequence: int) -> Traffic:
+    """For a row of `tokens` tokens over `sequence` ranks."""
+    others, piece = sequence - 1, tokens // sequence
+    state = 4 * config.width * config.ema_order
+    rows = 2 * config.window * (config.qk_dim + (config.value_dim or 0))
+    return Traffic(
+        ours=others * (state + rows),
+        ring=others * piece * 2 * 2 * config.width,
+        ulysses=4 * piece * 2 * config.width * others // sequence,
     )
 
 

@@ -11,7 +11,9 @@ from megaboat.engine.evaluate import documents
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
+from megaboat.model.config import SeqBoatConfig
 from megaboat.parallel import sequence
+from megaboat.parallel.sequence import traffic
 from tests.distributed import run_on_ranks
 from tests.model.building import small_model, text_rows
 
@@ -71,6 +73,15 @@ def test_documents_do_not_leak_over_a_cut() -> None:
     assert torch.equal(changed_active[:, 1], active[:, 1])
     assert not gradient[:30].any(), "the second document's loss reached the first"
     assert gradient[30:].any()
+
+
+def test_traffic_by_hand() -> None:
+    config = SeqBoatConfig(vocab_size=256, layers=1, width=32, qk_dim=8, ema_order=4, window=5, heads=2)
+    counted = traffic(config, 1 << 20, 4)
+    assert counted.ours == 3 * (32 * 4 * 4 + 5 * (8 + 32) * 2)
+    assert traffic(config, 1 << 10, 4).ours == counted.ours, "whatever the row's length"
+    assert counted.ring == 3 * (1 << 18) * 2 * 32 * 2
+    assert counted.ulysses == 4 * (1 << 18) * 32 * 2 * 3 // 4
 
 
 @pytest.mark.parametrize(
