@@ -12,10 +12,13 @@ Nothing depends on the number of ranks or the ZeRO stage, nothing is pickled. A 
 the new checkpoint whole.
 """
 
+import collections
 import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,8 @@ from megaboat.errors import BadInput, DamagedData
 from megaboat.log import get_logger
 
 FORMAT = "megaboat-checkpoint/1"
-FILE_BYTES = 2 << 30  # one file's tensors wait in the writer's memory until the file is complete
+FILE_BYTES = 2 << 30  # small enough that many ranks share the writing of a large model
+NOTE_SECONDS = 1800.0  # after rank 0's own files: no rank has so much more to write
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -86,6 +90,73 @@ def find_checkpoint(root: Path) -> Checkpoint | None:
     return None
 
 
+class CheckpointWriter:
+    """Writes checkpoints while training goes on: `save` copies weights and moments to the host, a thread does the rest.
+
+    Each rank writes the files dealt to it and then a note about them; rank 0 commits when it has all notes. Threads use
+    no collective, which would meet those of the training. There is one write at a time, and the host's memory holds one
+    copy of the state, dealt over the ranks. A thread that has not ended holds up the end of the process.
+    """
+
+    def __init__(
+        self, root: Path, config: RunConfig, keep: int, ranks: Ranks, check_owner: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check_owner` raises on rank 0 when the run folder belongs to another attempt by now."""
+        self._root, self._config, self._keep, self._ranks = root, config, keep, ranks
+        self._check_owner = check_owner
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, model: Named, optimizer: Named, state: dict[str, Any]) -> Path:
+        """Start to write `root/step-N`; every rank takes part. `model` and `optimizer` may gather tensors as they go.
+
+        Waits for the write before, and raises what went wrong with it.
+        """
+        self.wait()
+        folder = self._root / f"step-{state['step']}"
+        scratch = folder.with_name(folder.name + ".tmp")
+        if self._ranks.is_first:
+            self._check_owner()
+            for abandoned in self._root.glob("step-*.tmp"):
+                shutil.rmtree(abandoned)
+            scratch.mkdir(parents=True)
+        self._ranks.barrier()
+        files = _snapshot("model", model, self._ranks) | _snapshot("optimizer", optimizer, self._ranks)
+        self._thread = threading.Thread(target=self._write, args=(scratch, folder, files, state), name="checkpoint")
+        self._thread.start()
+        return folder
+
+    def wait(self) -> None:
+        """Return when nothing is being written: what was begun is committed. Every rank takes part, and all raise what
+        one of them met."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        failures = [failure for failure in self._ranks.gather_objects(self._failure) if failure is not None]
+        self._thread = self._failure = None
+        if failures:
+            raise failures[0]
+
+    def _write(self, scratch: Path, folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        try:
+            _write_files(scratch, files, self._ranks.rank)
+            if self._ranks.is_first:
+                manifest = _collect_notes(scratch, self._ranks.size)
+                (scratch / "state.json").write_text(json.dumps({"format": FORMAT} | state, indent=1))
+                dump_config(self._config, scratch / "config.yaml")
+                manifest |= {name: _entry(scratch / name) for name in ("state.json", "config.yaml")}
+                (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
+                self._check_owner()
+                _commit(scratch, folder)
+                _retire(self._root, folder, self._keep)
+                size = sum(entry["bytes"] for entry in manifest.values()) / 2**30
+                get_logger().info("%s: %.2f GB in %.1f s", folder, size, time.perf_counter() - started)
+        except BaseException as error:  # noqa: B036 - raised by the next save or wait, in the training's thread
+            get_logger().error("%s was not written: %s", folder, error)
+            self._failure = error
+
+
 def save_checkpoint(
     root: Path,
     model: Named,
@@ -96,51 +167,67 @@ def save_checkpoint(
     ranks: Ranks,
     check_owner: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write and commit `root/step-N`; every rank takes part. `model` and `optimizer` may gather tensors as they go.
-
-    `check_owner` raises on rank 0 when the run folder belongs to another attempt by now.
-    """
-    folder = root / f"step-{state['step']}"
-    scratch = folder.with_name(folder.name + ".tmp")
-    if ranks.is_first:
-        check_owner()
-        for abandoned in root.glob("step-*.tmp"):
-            shutil.rmtree(abandoned)
-        scratch.mkdir(parents=True)
-    ranks.barrier()
-    written = [*_write_tensors(scratch, "model", model, ranks), *_write_tensors(scratch, "optimizer", optimizer, ranks)]
-    manifests = ranks.gather_objects({path.name: _entry(path) for path in written})
-    if ranks.is_first:
-        (scratch / "state.json").write_text(json.dumps({"format": FORMAT} | state, indent=1))
-        dump_config(config, scratch / "config.yaml")
-        manifest = {name: entry for part in manifests for name, entry in part.items()}
-        manifest |= {name: _entry(scratch / name) for name in ("state.json", "config.yaml")}
-        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
-        check_owner()
-        _commit(scratch, folder)
-        _retire(root, folder, keep)
-    ranks.barrier()
+    """`CheckpointWriter.save`, and wait until the checkpoint is committed."""
+    writer = CheckpointWriter(root, config, keep, ranks, check_owner)
+    folder = writer.save(model, optimizer, state)
+    writer.wait()
     return folder
 
 
-def _write_tensors(folder: Path, kind: str, tensors: Named, ranks: Ranks) -> Iterator[Path]:
-    """Files of about FILE_BYTES, dealt to the ranks in turn; each rank keeps only the tensors of its own files."""
-    number, size, mine = 1, 0, {}
+def _snapshot(kind: str, tensors: Named, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+    """Host copies of what belongs into this rank's files, by file; files of about FILE_BYTES are dealt in turn."""
+    number, size, files = 1, 0, collections.defaultdict[str, dict[str, Tensor]](dict)
     for name, tensor in tensors:
         if (number - 1) % ranks.size == ranks.rank:
-            mine[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            files[f"{kind}-{number:05d}.safetensors"][name] = _host_copy(tensor.detach())
         size += tensor.numel() * tensor.element_size()
         if size >= FILE_BYTES:
-            yield from _write_file(folder / f"{kind}-{number:05d}.safetensors", mine)
-            number, size, mine = number + 1, 0, {}
-    yield from _write_file(folder / f"{kind}-{number:05d}.safetensors", mine)
+            number, size = number + 1, 0
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+    return dict(files)
 
 
-def _write_file(path: Path, tensors: dict[str, Tensor]) -> Iterator[Path]:
-    if tensors:
-        save_file(tensors, path)
-        path.chmod(0o644)  # safetensors writes for the owner alone; others convert and evaluate too
-        yield path
+def _host_copy(tensor: Tensor) -> Tensor:
+    """A copy that later steps do not touch. From a GPU into pinned memory, which torch keeps for the next time."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _write_files(scratch: Path, files: dict[str, dict[str, Tensor]], rank: int) -> None:
+    """Write this rank's files and its note, which says what went wrong if something did."""
+    note: dict[str, Any] = {"files": {}, "error": None}
+    try:
+        for name in list(files):
+            path = scratch / name
+            save_file(files.pop(name), path)
+            path.chmod(0o644)  # safetensors writes for the owner alone; others convert and evaluate too
+            note["files"][name] = _entry(path)
+    except Exception as error:
+        note["error"] = str(error)
+        raise
+    finally:
+        unfinished = scratch / f"rank-{rank}.unfinished"
+        unfinished.write_text(json.dumps(note))
+        unfinished.replace(scratch / f"rank-{rank}.note")
+
+
+def _collect_notes(scratch: Path, ranks: int) -> dict[str, Any]:
+    """The manifest's entries of all ranks' files; the notes are removed. Raises OSError where a rank failed."""
+    manifest: dict[str, Any] = {}
+    deadline = time.monotonic() + NOTE_SECONDS
+    for rank in range(ranks):
+        path = scratch / f"rank-{rank}.note"
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise OSError(f"{scratch}: rank {rank} did not finish its files in {NOTE_SECONDS:g} s")
+            time.sleep(0.02)
+        note = json.loads(path.read_text())
+        if note["error"]:
+            raise OSError(f"rank {rank}: {note['error']}")
+        manifest |= note["files"]
+        path.unlink()
+    return manifest
 
 
 def _commit(scratch: Path, folder: Path) -> None:

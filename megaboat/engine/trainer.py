@@ -17,7 +17,7 @@ from megaboat.data.dataset import Dataset
 from megaboat.data.ledger import Ledger, step_crc
 from megaboat.data.loader import Loader
 from megaboat.engine.balance import Balance
-from megaboat.engine.checkpoint import save_checkpoint
+from megaboat.engine.checkpoint import CheckpointWriter
 from megaboat.engine.deepspeed import Engine
 from megaboat.engine.evaluate import documents, evaluate
 from megaboat.engine.fence import Fence
@@ -60,6 +60,8 @@ class Trainer:
         self.timer = ComputeTimer(ranks.device)
         self.stragglers = Stragglers(ranks.gather_objects(socket.gethostname()))
         self.engine.module.register_forward_pre_hook(lambda *_: self.watchdog.beat("forward"))
+        check_owner = fence.check if fence else lambda: None
+        self.writer = CheckpointWriter(config.train.out / "checkpoints", config, config.train.keep, ranks, check_owner)
         self._last_crc = 0
         self._saved = step
 
@@ -72,7 +74,9 @@ class Trainer:
             hook.on_start(self.step, self.config.train.steps)
         try:
             with self.watchdog, nullcontext(stop) if stop else StopRequest() as stop:
-                return self._loop(stop)
+                outcome = self._loop(stop)
+                self.writer.wait()
+                return outcome
         finally:
             for hook in self.hooks:
                 hook.on_end()
@@ -185,9 +189,10 @@ class Trainer:
         return None
 
     def save(self) -> None:
-        """Commit a checkpoint of the present step, unless there is one."""
+        """Begin to write a checkpoint of the present step, unless there is one; it is committed beside the training."""
         if self._saved == self.step:
             return
+        started = time.perf_counter()
         if self.ledger is not None:
             self.ledger.sync()
         tokenizer = {key: self.dataset.index["tokenizer"][key] for key in ("name", "content_id")}
@@ -199,16 +204,12 @@ class Trainer:
             "vocab_size": self.dataset.vocab_size,
             "balance": self.balance.state() if self.balance else None,
         }
-        save_checkpoint(
-            self.config.train.out / "checkpoints",
+        self.writer.save(
             self.watchdog.over(self._named_model(), "save"),
             self.watchdog.over(self.engine.moments(), "save"),
             state,
-            self.config,
-            self.config.train.keep,
-            self.ranks,
-            self.fence.check if self.fence else lambda: None,
         )
+        get_logger().info("checkpoint of step %d: training waited %.2f s", self.step, time.perf_counter() - started)
         self._saved = self.step
 
     def _named_model(self) -> Iterator[tuple[str, Tensor]]:

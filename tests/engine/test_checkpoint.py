@@ -1,17 +1,21 @@
 """The folder of checkpoints: what is kept, what is cleared away, what is refused."""
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from megaboat.config import build_config
-from megaboat.engine.checkpoint import Checkpoint, committed, find_checkpoint, save_checkpoint
+from megaboat.engine import checkpoint
+from megaboat.engine.checkpoint import Checkpoint, CheckpointWriter, committed, find_checkpoint, save_checkpoint
 from megaboat.engine.hooks import JsonLines
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput, DamagedData
+from tests.distributed import run_on_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -83,3 +87,74 @@ def test_a_crashed_machine_does_not_block_the_metrics(tmp_path: Path) -> None:
     hook.on_end()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The owner is asked when the write begins and when it is committed: here the second answer is long in coming."""
+    asked, may_commit = [], threading.Event()
+
+    def check_owner() -> None:
+        asked.append(threading.current_thread().name)
+        assert len(asked) == 1 or may_commit.wait(60)
+
+    writer = CheckpointWriter(tmp_path, build_config(RunConfig, {}, "the test"), 2, ALONE, check_owner)
+    weight = torch.zeros(3)
+    folder = writer.save([("weight", weight)], [], {"step": 1})
+    weight.fill_(7)
+    assert not folder.exists()
+    may_commit.set()
+    writer.wait()
+    assert asked == ["MainThread", "checkpoint"]
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert dict(found.model())["weight"].tolist() == [0.0] * 3, "steps after the save reached the checkpoint"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml",
+        "manifest.json",
+        "model-00001.safetensors",
+        "state.json",
+    ]
+
+
+def test_a_write_that_failed_is_raised_by_the_next_and_commits_nothing(tmp_path: Path) -> None:
+    owners = iter([None, BadInput("another attempt owns the folder")])
+
+    def check_owner() -> None:
+        answer = next(owners)
+        if answer is not None:
+            raise answer
+
+    writer = CheckpointWriter(tmp_path, build_config(RunConfig, {}, "the test"), 2, ALONE, check_owner)
+    writer.save([("weight", torch.zeros(3))], [], {"step": 1})
+    with pytest.raises(BadInput, match="another attempt"):
+        writer.save([("weight", torch.zeros(3))], [], {"step": 2})
+    assert names(tmp_path) == []
+
+
+def write_on_two(ranks: Ranks, root: Path, broken_rank: int | None) -> str:
+    """Save two files, one a rank; on `broken_rank` a folder stands where the file should. Returns the error."""
+    checkpoint.FILE_BYTES = 1
+    writer = CheckpointWriter(root, build_config(RunConfig, {}, "the test"), 2, ranks)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        if ranks.rank == broken_rank:
+            (root / "step-1.tmp" / "model-00002.safetensors").mkdir()
+        yield from ((name, torch.full((2,), float(ord(name)))) for name in "ab")
+
+    writer.save(tensors(), [], {"step": 1})
+    try:
+        writer.wait()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_cannot_write_keeps_all_from_committing(tmp_path: Path) -> None:
+    first, second = run_on_ranks(write_on_two, 2, tmp_path / "broken", 1)
+    assert first == second
+    assert first.startswith("rank 1: ")
+    assert names(tmp_path / "broken") == []
+    assert run_on_ranks(write_on_two, 2, tmp_path / "sound", None) == ["", ""]
+    found = find_checkpoint(tmp_path / "sound")
+    assert found is not None
+    assert {name: value.tolist() for name, value in found.model().items()} == {"a": [97.0] * 2, "b": [98.0] * 2}
