@@ -16,9 +16,10 @@ def main() -> None:
     print("data tensor sequence zero accumulate checkpoint |  loss   norm  step 1 gradients  weights  moments  flips")
     worst: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        (one,) = run_on_ranks(train, 1, Layout().config(Path(folder)))
+        (one,) = run_on_ranks(train, 1, Layout().config(Path(folder)), timeout=600)
         for layout in pairwise():
-            found = difference(run_on_ranks(train, layout.ranks, layout.config(Path(folder))), one, layout)
+            traces = run_on_ranks(train, layout.ranks, layout.config(Path(folder)), timeout=600)
+            found = difference(traces, one, layout)
             print(
                 f"{layout.data:4d} {layout.tensor:6d} {layout.sequence:8d} {layout.zero:4d} {layout.accumulation:10d} "
                 f"{'yes' if layout.checkpointing else 'no':>10s} | {found.losses:5.0e}  {found.norms:5.0e} "

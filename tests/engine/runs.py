@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,16 @@ def finish(command: "subprocess.Popen[str]", code: int = 0) -> str:
 
 def wait_for_step(out: Path, step: int, command: "subprocess.Popen[str]") -> None:
     """Until the run in `out` has written so many steps."""
+    path = out / "metrics.jsonl"
+    wait_until(lambda: path.is_file() and path.read_text().count("\n") >= step, command)
+
+
+def wait_until(happened: Callable[[], bool], command: "subprocess.Popen[str]") -> None:
+    """While the command runs."""
     deadline = time.monotonic() + 600
-    while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_text().count("\n") < step:
-        assert command.poll() is None, f"the run ended before step {step}"
-        assert time.monotonic() < deadline, f"no step {step}"
+    while not happened():
+        assert command.poll() is None, "the run ended before"
+        assert time.monotonic() < deadline, "not in ten minutes"
         time.sleep(0.01)
 
 

@@ -12,7 +12,16 @@ from megaboat.data.spill import PrepareOptions
 from tests.corpus import real_texts, write_jsonl
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import tiny_config, tiny_tree
-from tests.engine.runs import finish, losses, metrics, start_command, train_on_rank, wait_for_step, write_config
+from tests.engine.runs import (
+    finish,
+    losses,
+    metrics,
+    start_command,
+    train_on_rank,
+    wait_for_step,
+    wait_until,
+    write_config,
+)
 
 LONG = 100
 
@@ -106,6 +115,7 @@ def test_kill_9_and_the_same_command_again(long_run: Path, dataset_folder: Path,
     config = write_config(tmp_path / "run.yaml", tiny_tree(dataset_folder, out, train__steps=LONG))
     killed = start_command("train", str(config))
     wait_for_step(out, 7, killed)
+    wait_until((out / "checkpoints" / "latest").is_file, killed)  # it is written beside the training
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (out / "outcome.json").exists(), "the run was over before it was killed"

@@ -1,4 +1,4 @@
-"""Rows cut over two ranks: documents still do not leak, borders fall anywhere, and what cannot be cut is refused."""
+"""Rows cut over ranks: documents do not leak, whatever else is cut; borders fall anywhere; what cannot be cut."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
 from megaboat.model.config import SeqBoatConfig
-from megaboat.parallel import sequence
-from megaboat.parallel.sequence import traffic
+from megaboat.parallel.sequence import join, traffic
+from megaboat.parallel.tensor import shard
 from tests.distributed import run_on_ranks
 from tests.model.building import small_model, text_rows
 
@@ -36,12 +36,14 @@ def test_pieces_keep_tokens_positions_and_borders() -> None:
     assert first.nonzero().tolist() == [[0, 0], [0, 30], [1, 0]]
 
 
-def read_with_another_first_document(ranks: Ranks) -> list[tuple[Tensor, Tensor, Tensor]]:
+def read_with_another_first_document(ranks: Ranks, tensor: int, sequence: int) -> list[tuple[Tensor, ...]]:
     """For two texts before the second document of row 0: nll and decisions behind it, the gradient before it."""
     model = small_model(heads=2, ffn_dim=64)
-    ranks = ranks.in_mesh(1, ranks.size)
+    ranks = ranks.in_mesh(tensor, sequence)
+    if ranks.tensor_group is not None:
+        shard(model, ranks.tensor_group)
     if ranks.sequence_group is not None:
-        sequence.join(model, ranks.sequence_group)
+        join(model, ranks.sequence_group)
     model.checkpoint_activations = True
     found, embedded = [], []
     model.embedding.register_forward_hook(lambda module, inputs, output: embedded.append(output))
@@ -59,15 +61,21 @@ def read_with_another_first_document(ranks: Ranks) -> list[tuple[Tensor, Tensor,
     return found
 
 
-def test_documents_do_not_leak_over_a_cut() -> None:
-    (one,) = run_on_ranks(read_with_another_first_document, 1)
-    pieces = run_on_ranks(read_with_another_first_document, 2)
+@pytest.fixture(scope="module")
+def one_rank() -> list[tuple[Tensor, ...]]:
+    return run_on_ranks(read_with_another_first_document, 1, 1, 1)[0]
+
+
+@pytest.mark.parametrize(("tensor", "sequence"), [(2, 1), (1, 2), (2, 2)])
+def test_documents_do_not_leak_over_a_cut(one_rank: list, tensor: int, sequence: int) -> None:
+    """Recomputed in the backward pass as well."""
+    pieces = run_on_ranks(read_with_another_first_document, tensor * sequence, tensor, sequence)[::tensor]
     (nll, active, gradient), (changed, changed_active, _) = (
         tuple(torch.cat(parts, dim) for parts, dim in zip(zip(*texts, strict=True), (1, 2, 0), strict=True))
         for texts in zip(*pieces, strict=True)
     )
-    torch.testing.assert_close((nll, gradient), (one[0][0], one[0][2]), rtol=1e-5, atol=1e-5)
-    assert torch.equal(active, one[0][1])
+    torch.testing.assert_close((nll, gradient), (one_rank[0][0], one_rank[0][2]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(active, one_rank[0][1])
     torch.testing.assert_close(changed, nll, rtol=0, atol=1e-5)
     assert torch.equal(changed_active[:, 0, 30:], active[:, 0, 30:])
     assert torch.equal(changed_active[:, 1], active[:, 1])
