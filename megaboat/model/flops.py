@@ -58,7 +58,7 @@ def count_work_by_part(active_LXM: Tensor, cu_seqlens: Tensor, window: int, part
 def unit_flops(config: SeqBoatConfig) -> UnitFlops:
     """What a SeqBoat stack with its head spends on a token, an active row and a pair."""
     d, z, e, n = config.width, config.qk_dim, config.value_dim or 0, config.ema_order
-    every_token = 2 * d * d + 2 * d * 2 * config.modules + d * (4 * n + 2) + 3 * 2 * d * (config.ffn_dim or 0)
+    every_token = 2 * d * d + 2 * d * config.modules + d * (4 * n + 2) + 3 * 2 * d * (config.ffn_dim or 0)
     active_row = 2 * d * (z + 2 * e) + 2 * e * d
     pair = 2 * z * (config.heads or 1) + 2 * e
     return UnitFlops(config.layers * every_token + head_flops(config, 1), active_row, pair)
@@ -68,6 +68,30 @@ def forward_flops(config: SeqBoatConfig, tokens: int, work: Work) -> float:
     """Of a SeqBoat stack with its head, for `tokens` tokens of which the work was measured."""
     token, row, pair = unit_flops(config)
     return token * tokens + row * float(work.rows_LM.sum()) + pair * float(work.pairs_LM.sum())
+
+
+def planned_work(config: SeqBoatConfig, tokens: int, length: int, activation: float) -> Work:
+    """What `tokens` tokens in documents of `length` would ask for if each module took that share of each document."""
+    rows = activation * length
+    inside = min(rows, config.window + 1.0)
+    pairs = inside * (inside + 1) / 2 + (rows - inside) * (config.window + 1)
+    each = torch.ones(config.layers, config.modules, dtype=torch.float64) * tokens / length
+    return Work(each * rows, each * pairs)
+
+
+def training_flops(
+    config: SeqBoatConfig | LlamaConfig, tokens: int, length: int, activation: float, recomputes: bool = False
+) -> float:
+    """Of one step on rows of `length`, each one document; with `recomputes` what is executed, not what is useful."""
+    if isinstance(config, LlamaConfig):
+        forward, last = llama_flops(config, tokens, length), config.hidden
+    else:
+        forward = forward_flops(config, tokens, planned_work(config, tokens, length, activation))
+        last = config.ffn_dim or 0
+    if not recomputes:
+        return 3 * forward
+    # Recomputation stops before the feed-forward's last product: nothing needs its result again.
+    return 4 * forward - head_flops(config, tokens) - config.layers * 2.0 * config.width * last * tokens
 
 
 def llama_flops(config: LlamaConfig, tokens: int, length: int) -> float:
