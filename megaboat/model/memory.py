@@ -1,0 +1,178 @@
+"""Memory of one rank in training, by category, as a function of the configuration alone; nothing is allocated.
+
+What a layer keeps for its backward pass is counted tensor by tensor, as the GPU's kernels save them; states follow
+DeepSpeed's stages with fp32 parameters and AdamW. Bytes throughout; s is the size of an activation's element.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import nn
+
+from megaboat.kernels.flash import HEAD_WIDTH
+from megaboat.kernels.loss import CHUNK
+from megaboat.model.config import LlamaConfig, SeqBoatConfig
+from megaboat.model.llama import Llama
+from megaboat.model.seqboat import SeqBoat
+
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements, allocated whole whatever the model's size
+LIVE = 1_000_000_000  # its stage3_max_live_parameters: what ZeRO-3 gathers at a time
+
+# {class: {parameter: dimension}}: what each rank of a tensor-parallel group holds a part of.
+Cut = Mapping[type[nn.Module], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of one rank: `linear` weights travel and multiply in bf16, `other` ones stay fp32."""
+
+    linear: int
+    other: int
+    whole: int
+    """Of all ranks that hold the model together, what is on several of them counted once."""
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.other
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the moment of the step that needs most of them."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def count_parameters(config: SeqBoatConfig | LlamaConfig, cut: Cut | None = None, tensor: int = 1) -> Parameters:
+    """Of the model itself, built without memory; with `cut` those of one of `tensor` ranks that hold it together."""
+    with torch.device("meta"):
+        model = SeqBoat(config) if isinstance(config, SeqBoatConfig) else Llama(config)
+    linear, other, whole, seen = 0, 0, 0, set()
+    for module in model.modules():
+        parts = (cut or {}).get(type(module), {})
+        for name, parameter in module.named_parameters():
+            if parameter in seen or ("." in name and name not in parts):
+                continue
+            seen.add(parameter)
+            whole += parameter.numel()
+            size = parameter.numel() // (tensor if name in parts else 1)
+            holder = module.get_submodule(name.rpartition(".")[0])
+            if type(holder) is nn.Linear:
+                linear += size
+            else:
+                other += size
+    return Parameters(linear, other, whole)
+
+
+def layer_bytes(config: SeqBoatConfig, s: int, tensor: int = 1) -> tuple[float, float]:
+    """What one layer keeps for its backward pass: of every token, and of every active row of each module."""
+    D, Z, E, F = config.width, config.qk_dim, (config.value_dim or 0) / tensor, (config.ffn_dim or 0) / tensor
+    heads = max(1, (config.heads or 1) // tensor)
+    columns = int(E) // heads
+    head = ceil(max(min(columns, HEAD_WIDTH), Z) / 8) * 8
+    parts = ceil(columns / HEAD_WIDTH)
+    wide = heads * parts * head  # columns of values and outputs in the kernel
+    narrow = heads * head if heads == 1 or parts == 1 else wide  # of queries and keys: one head is shared, not copied
+    # Norm's input, the EMA's two, its output h, the sum before SiLU; two numbers of the norm; row_X; the decision.
+    token = 5.0 * s * D + 8 + 8 + 13 * config.modules
+    if F:
+        token += 2 * s * D + 8 + 3 * s * F
+    # h and out; z before and after SiLU; q, k, v, o; v and r before SiLU, the product; token_R, position, log-sum.
+    row = s * (2 * D + 2 * Z + 2 * narrow + 2 * wide + 3 * E) + 8 + 8 + 4 * wide / head
+    if wide != E:
+        row += s * E  # the outputs without padding
+    return token, row
+
+
+def llama_layer_bytes(config: LlamaConfig, s: int) -> float:
+    """What one compiled layer of the dense baseline keeps of every token, about: torch.compile decides."""
+    kv = config.width * (config.kv_heads or config.heads) // config.heads
+    return s * (6 * config.width + 2 * kv + 3 * config.hidden)
+
+
+def training_memory(
+    config: SeqBoatConfig | LlamaConfig,
+    parameters: Parameters,
+    tokens: int,
+    activation: float = 1.0,
+    zero: int = 1,
+    data: int = 1,
+    checkpointing: bool = False,
+    bf16: bool = True,
+    tensor: int = 1,
+) -> Memory:
+    """Of one rank that holds `parameters` and puts `tokens` through the model at a time, `data` ranks sharing states.
+
+    activation: share of tokens that are active in each module; memory must be there for the worst case, 1.0.
+    """
+    s, P = 2 if bf16 else 4, parameters.total
+    held = 2 * P / data if zero == 3 else P  # DeepSpeed 0.19.8 was seen to hold ZeRO-3's part twice
+    master = P / data if zero in (1, 2) else 0.0
+    gradients = P / data if zero >= 2 else float(P)
+    if zero == 1:
+        gradients += P / data  # its own part again, averaged
+    layer = _layer(config, s, tokens, activation, tensor)
+    kept = kept_bytes(config, tokens, activation, checkpointing, s, tensor) + (layer if checkpointing else 0)
+    casts = s * parameters.linear if bf16 and zero != 3 else 0.0  # ZeRO-3 gathers them in bf16: see `_buffers`
+    return Memory(
+        parameters=4 * held,
+        gradients=4 * gradients,
+        optimizer=8 * P / (data if zero else 1) + 4 * master,
+        activations=kept + casts + _passing(config, s, tokens, activation, tensor),
+        logits=_loss(config, s, tokens, tensor),
+        buffers=_buffers(parameters, zero, data),
+    )
+
+
+def kept_bytes(
+    config: SeqBoatConfig | LlamaConfig, tokens: int, activation: float, checkpointing: bool, s: int, tensor: int = 1
+) -> float:
+    """What lies there at the end of the forward pass: of each layer, of the ends, without weights in bf16."""
+    ends = tokens * (3 * s * config.width + 8)  # the last norm's input and output, the loss's gradient of that
+    modules = config.modules if isinstance(config, SeqBoatConfig) else 0
+    if checkpointing:
+        return config.layers * tokens * (s * config.width + 9 * modules) + ends
+    return config.layers * _layer(config, s, tokens, activation, tensor) + ends
+
+
+def _layer(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, activation: float, tensor: int) -> float:
+    if isinstance(config, LlamaConfig):
+        return tokens * llama_layer_bytes(config, s)
+    token, row = layer_bytes(config, s, tensor)
+    return tokens * (token + activation * config.modules * row)
+
+
+def _passing(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, activation: float, tensor: int) -> float:
+    """Gradients on their way through one layer: of the widest part, the feed-forward or the attention."""
+    D = config.width
+    if isinstance(config, LlamaConfig):
+        return tokens * s * (3 * config.hidden + 2 * D)
+    feed_forward = 3 * (config.ffn_dim or 0) / tensor + 2 * D
+    attention = 3 * D + activation * (5 * (config.value_dim or 0) / tensor + 2 * D)
+    return tokens * s * max(feed_forward, attention)
+
+
+def _loss(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, tensor: int) -> float:
+    """A chunk's logits and those of the chunk before; the head's weight, one product and their fp32 sum."""
+    V = (config.vocab_size or 0) / tensor
+    return 2 * min(tokens, CHUNK) * V * s + V * config.width * (4 + 2 * s)
+
+
+def _buffers(parameters: Parameters, zero: int, data: int) -> float:
+    """DeepSpeed's buckets: one for gradients that travel in bf16 and one for those in fp32."""
+    if zero == 0:
+        return 0.0 if data == 1 else 4.0 * min(parameters.total, BUCKET)
+    if zero < 3:
+        return 2 * 4.0 * BUCKET
+    return (2 + 4) * BUCKET + 2.0 * min(parameters.linear, LIVE) + 4.0 * min(parameters.other, LIVE)

@@ -1,0 +1,163 @@
+"""Say what a configuration needs before a GPU is there: parameters, FLOPs, memory a rank, communication, time a step.
+
+examples:
+  megaboat plan configs/1b.yaml
+  megaboat plan configs/7b.yaml train.micro_batch=2 --gpus 8,64 --gpu H100 --activation 0.3
+"""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from megaboat.config import load_config
+from megaboat.data.index import read_index
+from megaboat.engine.run_config import RunConfig
+from megaboat.errors import BadInput
+from megaboat.model.config import SeqBoatConfig
+from megaboat.model.flops import training_flops
+from megaboat.model.memory import Memory, Parameters
+from megaboat.tools.plan_layout import (
+    GPUS,
+    IMBALANCE,
+    NODE,
+    USABLE,
+    Gpu,
+    Layout,
+    layout_memory,
+    layouts,
+    micro_steps,
+    rank_parameters,
+    recommend,
+    sent_bytes,
+    step_seconds,
+)
+
+GB = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="takes precedence over the file")
+    parser.add_argument("--gpus", default="8,64,512,4096", metavar="N,N,...", help="default: 8,64,512,4096")
+    parser.add_argument("--gpu", default="H200", choices=sorted(GPUS), help="default: H200")
+    parser.add_argument(
+        "--activation", type=float, default=0.4, metavar="A", help="expected share of active tokens; default: 0.4"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the plan."""
+    config = with_vocabulary(load_config(RunConfig, arguments.config, arguments.overrides))
+    counts, activation, name = gpu_counts(arguments.gpus), arguments.activation, arguments.gpu
+    if not 0 <= activation <= 1:
+        raise BadInput(f"--activation {activation:g}: a share of tokens, from 0 to 1")
+    parameters = rank_parameters(config, 1)
+    print(f"{arguments.config}: {parameters.total / 1e6:,.1f} M parameters\n")
+    print(flops_table(config, parameters, activation), end="\n\n")
+    print(memory_table(config, counts[0], activation), end="\n\n")
+    print(layout_table(config, counts, GPUS[name], activation, name), end="\n\n")
+    print(assumptions(GPUS[name]))
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The config with the vocabulary of its dataset, where it names none itself. Raises BadInput without either."""
+    if config.model.vocab_size is not None:
+        return config
+    if config.data.path is None or not config.data.path.exists():
+        raise BadInput(f"model.vocab_size is not set and there is no dataset at data.path {config.data.path}; set it")
+    model = config.model.model_copy(update={"vocab_size": read_index(config.data.path)["vocab_size"]})
+    return config.model_copy(update={"model": model})
+
+
+def gpu_counts(text: str) -> list[int]:
+    """[8, 64] of "8,64". Raises BadInput for anything but positive numbers."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise BadInput(f"--gpus {text!r}: expected numbers such as 8,64,512")
+    return [int(part) for part in parts]
+
+
+def flops_table(config: RunConfig, parameters: Parameters, activation: float) -> str:
+    """GFLOP a token of a training step, dense-equivalent (6 a parameter) and by activation."""
+    length = config.data.seq_len
+    lines = [f"{'GFLOP a token, forward and backward':<40}{6 * parameters.total / 1e9:10.3f}  as 6 a parameter"]
+    shares = sorted({activation, 1.0}) if isinstance(config.model, SeqBoatConfig) else [1.0]
+    for share in shares:
+        useful = training_flops(config.model, 1, length, share) / 1e9
+        executed = training_flops(config.model, 1, length, share, recomputes=True) / 1e9
+        lines.append(f"{'':<40}{useful:10.3f}  at activation {share:g}; {executed:.3f} with recomputation")
+    return "\n".join(lines)
+
+
+def memory_table(config: RunConfig, gpus: int, activation: float) -> str:
+    """GB a rank by category, for every ZeRO stage with and without checkpointing, otherwise as configured."""
+    names = [field.name for field in fields(Memory)]
+    micro_batch, groups = config.train.micro_batch, (config.parallel.tensor, config.parallel.sequence)
+    parameters = rank_parameters(config, groups[0])
+    cuts = f"tensor {groups[0]}, sequence {groups[1]}, micro-batch {micro_batch} x {config.data.seq_len:,}"
+    title = f"GB a rank on {gpus} GPUs, {cuts}, all active"
+    head = f"{'zero':<6}{'checkpoints':<13}" + "".join(f"{name:>13}" for name in (*names, "total"))
+    lines = [title, head + f"{f'total at {activation:g}':>15}"]
+    for zero in (0, 1, 2, 3):
+        for checkpointing in (False, True):
+            layout = Layout(gpus, zero, micro_batch, checkpointing, *groups)
+            worst, usual = (layout_memory(config, parameters, layout, share) for share in (1.0, activation))
+            values = [*vars(worst).values(), worst.total]
+            cells = "".join(f"{value / GB:13.2f}" for value in values) + f"{usual.total / GB:15.2f}"
+            mine = zero == config.parallel.zero and checkpointing == config.train.checkpoint_activations
+            lines.append(
+                f"{zero:<6}{'on' if checkpointing else 'off':<13}{cells}{'  <- as configured' if mine else ''}"
+            )
+    return "\n".join(lines)
+
+
+def layout_table(config: RunConfig, counts: list[int], gpu: Gpu, activation: float, name: str) -> str:
+    """The recommended layout for each number of GPUs, or what stands in its way."""
+    batch = config.train.global_batch * config.data.seq_len
+    head = f"{'GPUs':>6}{'tensor':>8}{'sequence':>10}{'zero':>6}{'micro':>7}{'accum':>7}{'checkpoints':>13}"
+    head += f"{'GB worst':>10}{'GB sent':>10}"
+    lines = [
+        f"recommended on {name}, global batch {config.train.global_batch} x {config.data.seq_len:,}",
+        head + f"{'s computing':>13}{'s waiting':>11}{'tokens/s/GPU at best':>22}",
+    ]
+    for gpus in counts:
+        layout = recommend(config, gpus, gpu, activation)
+        if layout is None:
+            lines.append(f"{gpus:>6}  {obstacle(config, gpus, gpu)}")
+            continue
+        parameters = rank_parameters(config, layout.tensor)
+        worst = layout_memory(config, parameters, layout, 1.0).total / GB
+        sent = sent_bytes(config, parameters, layout) / GB
+        computing, waiting = step_seconds(config, parameters, layout, gpu, activation)
+        rate = batch / gpus / (computing + waiting)
+        lines.append(
+            f"{gpus:>6}{layout.tensor:>8}{layout.sequence:>10}{layout.zero:>6}{layout.micro_batch:>7}"
+            f"{micro_steps(config, layout):>7}{'on' if layout.checkpointing else 'off':>13}{worst:>10.1f}{sent:>10.2f}"
+            f"{computing:>13.3f}{waiting:>11.3f}{rate:>22,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def obstacle(config: RunConfig, gpus: int, gpu: Gpu) -> str:
+    """Why no layout was found, and the remedy."""
+    if any(layouts(config, gpus)):
+        return f"nothing fits in {USABLE * gpu.memory / GB:.0f} GB: shorten data.seq_len or take more GPUs"
+    batch = config.train.global_batch
+    return (
+        f"a global batch of {batch} rows cannot be dealt to them; train.global_batch={-(-batch // gpus) * gpus} could"
+    )
+
+
+def assumptions(gpu: Gpu) -> str:
+    """What the simulation takes for granted."""
+    return "\n".join(
+        [
+            "assumptions: rows are single documents; parameters, AdamW and gradients in fp32, products in bf16;",
+            f"  {gpu.products / 1e12:,.0f} TFLOP/s in products, {gpu.bandwidth / 1e12:.1f} TB/s of memory, "
+            f"{gpu.link / 1e9:.0f} GB/s within nodes of {NODE}, {gpu.network / 1e9:.0f} GB/s a GPU between them;",
+            f"  the busiest rank has {IMBALANCE:g} times the mean work; stages 0 to 2 do not hide communication, stage",
+            f"  3 hides as much as it computes; {USABLE:.0%} of memory is usable. Gaps between kernels, evaluation,",
+            "  checkpoints and data are left out: a step takes longer, a small model's several times as long.",
+        ]
+    )

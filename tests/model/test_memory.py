@@ -1,0 +1,107 @@
+"""The plan's bytes against bytes counted: parameters, what a forward pass keeps, states under DeepSpeed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from megaboat.config import build_config
+from megaboat.engine.deepspeed import Engine
+from megaboat.engine.ranks import Ranks
+from megaboat.engine.run_config import RunConfig
+from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.model.build import build_model
+from megaboat.model.config import LlamaConfig, SeqBoatConfig
+from megaboat.model.memory import count_parameters, kept_bytes, training_memory
+from tests.distributed import run_on_ranks
+from tests.model.live import LiveBytes
+
+SMALL = {"vocab_size": 64, "layers": 2, "width": 256, "qk_dim": 128, "window": 16}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SeqBoatConfig(**SMALL),
+        SeqBoatConfig(block="paper", modules=3, **SMALL),
+        LlamaConfig(family="llama", vocab_size=64, layers=2, width=64, kv_heads=2),
+    ],
+    ids=["scaled", "paper", "llama"],
+)
+def test_parameters_are_those_of_the_model(config: SeqBoatConfig | LlamaConfig) -> None:
+    model = build_model(config, 0)
+    counted = count_parameters(config)
+    assert counted.total == sum(parameter.numel() for parameter in model.parameters())
+    linear = [module for module in model.modules() if type(module) is nn.Linear]
+    assert counted.linear == sum(parameter.numel() for module in linear for parameter in module.parameters())
+
+
+def test_a_table_of_cuts_halves_what_it_names() -> None:
+    config = SeqBoatConfig(**SMALL)
+    whole = count_parameters(config)
+    cut = count_parameters(config, {GatedAttentionUnit: {"r.weight": 0, "scale_q": 0}, nn.Embedding: {"weight": 0}}, 2)
+    assert whole.linear - cut.linear == 2 * 256 * 256 // 2
+    assert whole.other - cut.other == 2 * 2 * 128 // 2 + 64 * 256 // 2
+
+
+KEEPING = {
+    "scaled": {},
+    "scaled, two layers' inputs only": {"checkpointing": True},
+    "nothing active": {"active": False},
+    "paper": {"model": {"block": "paper"}},
+    "narrow heads": {"model": {"qk_dim": 64, "heads": 4}},
+    "two modules": {"model": {"modules": 2}},
+    "fp32": {"bf16": False},
+    "no feed-forward": {"model": {"ffn_dim": 0}},
+}
+
+
+@pytest.mark.slow
+def test_a_forward_pass_keeps_what_is_planned() -> None:
+    pytest.importorskip("triton")
+    cases: list[dict[str, Any]] = []
+    for change in KEEPING.values():
+        case = {"active": True, "checkpointing": False, "bf16": True, "rows": 1, "length": 64} | change
+        cases.append(case | {"model": SMALL | {"ema_order": 4} | change.get("model", {})})
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.model.keeping", json.dumps(cases)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, case, found in zip(KEEPING, cases, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        config = SeqBoatConfig(**case["model"])
+        s = 2 if case["bf16"] else 4
+        kept = kept_bytes(config, 64, float(case["active"]), case["checkpointing"], s)
+        weights = s * count_parameters(config).linear if case["bf16"] else 0
+        head = 4 * config.vocab_size * config.width  # the loss has computed its gradient already
+        small = 0 if case["checkpointing"] else config.layers * config.width * config.ema_order * 4 * 6  # of the EMA
+        assert found - weights - head - small == pytest.approx(kept, rel=0.1), name
+
+
+def states(ranks: Ranks, config: RunConfig) -> int:
+    """Bytes that are there between two steps, DeepSpeed's buckets left out."""
+    with LiveBytes(large=1 << 29) as live:
+        engine = Engine(build_model(config.model, 0), config, ranks)
+        assert engine.names
+        return live.now
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_states_are_as_large_as_planned(zero: int) -> None:
+    model = {"vocab_size": 512, "layers": 1, "width": 512, "qk_dim": 256, "window": 16}
+    train = {"global_batch": 2, "micro_batch": 1, "precision": "bf16"}
+    config = build_config(RunConfig, {"model": model, "train": train, "parallel": {"zero": zero}}, "the test")
+    planned = training_memory(config.model, count_parameters(config.model), 64, zero=zero, data=2)
+    # ZeRO-3 holds the buffer of its gradients from the start.
+    expected = planned.parameters + planned.optimizer + (planned.gradients if zero == 3 else 0)
+    for found in run_on_ranks(states, 2, config, timeout=240):
+        assert found == pytest.approx(expected, rel=0.1)

@@ -1,0 +1,127 @@
+"""The planner's command: every shipped configuration, sums that add up, obstacles with their remedy."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megaboat.cli import main
+from megaboat.config import load_config
+from megaboat.engine.run_config import RunConfig
+from megaboat.tools.plan_layout import (
+    GPUS,
+    USABLE,
+    Layout,
+    layout_memory,
+    layouts,
+    micro_steps,
+    rank_parameters,
+    recommend,
+    sent_bytes,
+    step_seconds,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SIZES = {"125m": 125e6, "350m": 350e6, "1b": 1e9, "3b": 3e9, "7b": 7e9, "13b": 13e9, "30b": 30e9}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_is_planned(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(CONFIGS / f"{size}.yaml"), "--gpus", "8,64,512,4096"]) == 0
+    said = capsys.readouterr().out
+    named = float(re.search(r"yaml: ([\d,.]+) M parameters", said)[1].replace(",", "")) * 1e6  # type: ignore[index]
+    assert named == pytest.approx(SIZES[size], rel=0.09)
+    head = re.search(r"of ([\d.]+) ([MB]) parameters", (CONFIGS / f"{size}.yaml").read_text())
+    assert head is not None
+    assert float(head[1]) * {"M": 1e6, "B": 1e9}[head[2]] == pytest.approx(named, rel=1e-3)
+    config = load_config(RunConfig, CONFIGS / f"{size}.yaml")
+    tokens = config.train.steps * config.train.global_batch * config.data.seq_len
+    assert tokens / named == pytest.approx(20, rel=0.05)
+    assert said.count("<- as configured") == 1
+    assert "nothing fits" not in said, "eight GPUs hold every size"
+    assert "assumptions: " in said
+    assert max(map(len, said.splitlines())) < 160
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return load_config(RunConfig, CONFIGS / "1b.yaml")
+
+
+def test_the_recommended_layout_is_one_that_trains_and_fits(config: RunConfig) -> None:
+    parameters = rank_parameters(config, 1)
+    for name, gpu in GPUS.items():
+        for gpus in (8, 64):
+            layout = recommend(config, gpus, gpu, 0.4)
+            assert layout is not None, name
+            assert layout_memory(config, parameters, layout, 1.0).total <= USABLE * gpu.memory
+            assert micro_steps(config, layout) * layout.shares * layout.micro_batch == config.train.global_batch
+            config.check_world(gpus)
+            assert layout.tensor == layout.sequence == 1, "no need of them here"
+            plain = [other for other in layouts(config, gpus) if other.tensor == other.sequence == 1]
+            fitting = [x for x in plain if layout_memory(config, parameters, x, 1.0).total <= USABLE * gpu.memory]
+            best = min(sum(step_seconds(config, parameters, other, gpu, 0.4)) for other in fitting)
+            assert sum(step_seconds(config, parameters, layout, gpu, 0.4)) <= 1.05 * best
+
+
+def test_memory_and_traffic_move_as_the_stages_promise(config: RunConfig) -> None:
+    parameters = rank_parameters(config, 1)
+    stages = [layout_memory(config, parameters, Layout(64, zero, 2, True), 1.0) for zero in (0, 1, 2, 3)]
+    assert stages[0].optimizer == 8 * parameters.total
+    assert stages[3].parameters + stages[3].optimizer == pytest.approx(16 * parameters.total / 64)
+    for part in ("parameters", "gradients"):
+        values = [getattr(stage, part) for stage in stages]
+        assert values[3] < values[0]
+    off, on = (layout_memory(config, parameters, Layout(64, 1, 2, on), 1.0).activations for on in (False, True))
+    assert on < off / 3
+    half, full = (layout_memory(config, parameters, Layout(64, 1, 2, False), share).total for share in (0.5, 1.0))
+    assert half < full
+    assert sent_bytes(config, parameters, Layout(1, 0, 2, False)) == 0
+    assert sent_bytes(config, parameters, Layout(2, 0, 2, False)) == 4 * parameters.total
+    often, seldom = (sent_bytes(config, parameters, Layout(8, 3, rows, False)) for rows in (1, 4))
+    assert often == 4 * seldom
+
+
+def test_more_gpus_than_rows_share_rows_or_models(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = recommend(config, 512, GPUS["H200"], 0.4)
+    assert layout is not None
+    assert layout.tensor * layout.sequence >= 4
+    assert layout.shares <= config.train.global_batch
+    assert main(["plan", str(CONFIGS / "1b.yaml"), "--gpus", "4096"]) == 0
+    assert "train.global_batch=4096 could" in capsys.readouterr().out
+
+
+def test_cutting_a_model_or_a_row_takes_the_memory_it_should(config: RunConfig) -> None:
+    whole = layout_memory(config, rank_parameters(config, 1), Layout(8, 0, 2, False), 1.0)
+    half = layout_memory(config, rank_parameters(config, 2), Layout(8, 0, 2, False, tensor=2), 1.0)
+    pieces = layout_memory(config, rank_parameters(config, 1), Layout(8, 0, 2, False, sequence=2), 1.0)
+    assert 0.5 < half.parameters / whole.parameters < 0.65, "EMA, dense map and norms stay whole"
+    assert 0.4 < half.activations / whole.activations < 0.8
+    assert pieces.parameters == whole.parameters
+    assert pieces.activations / whole.activations == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "8,x"], "--gpus '8,x': expected numbers such as 8,64,512"),
+        (["--gpus", "0"], "expected numbers"),
+        (["--activation", "1.5"], "--activation 1.5: a share of tokens, from 0 to 1"),
+        (["model.vocab_size=null"], "model.vocab_size is not set and there is no dataset at data.path corpora/pile"),
+        (["model.widht=3"], "did you mean 'width'?"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(CONFIGS / "1b.yaml"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_dense_baseline_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
+    model = "model={family: llama, layers: 12, width: 512, heads: 8, vocab_size: 32000}"
+    assert main(["plan", str(CONFIGS / "1b.yaml"), model, "--gpus", "8", "--gpu", "A100"]) == 0
+    assert "at activation 1;" in capsys.readouterr().out
