@@ -13,6 +13,7 @@ the new checkpoint whole.
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -39,6 +40,14 @@ FILE_BYTES = 2 << 30  # small enough that many ranks share the writing of a larg
 NOTE_SECONDS = 1800.0  # after rank 0's own files: no rank has so much more to write
 
 Named = Iterable[tuple[str, Tensor]]
+
+
+class NotSaved(BadInput):
+    """The disk refused a checkpoint."""
+
+
+class _OtherRank(NotSaved):
+    """Another rank knows why."""
 
 
 class Checkpoint:
@@ -110,17 +119,16 @@ class CheckpointWriter:
     def save(self, model: Named, optimizer: Named, state: dict[str, Any]) -> Path:
         """Start to write `root/step-N`; every rank takes part. `model` and `optimizer` may gather tensors as they go.
 
-        Waits for the write before, and raises what went wrong with it.
+        Waits for the write before, and raises what went wrong with it: NotSaved where the disk refused it; the
+        checkpoints before are as they were.
         """
         self.wait()
         folder = self._root / f"step-{state['step']}"
         scratch = folder.with_name(folder.name + ".tmp")
-        if self._ranks.is_first:
-            self._check_owner()
-            for abandoned in self._root.glob("step-*.tmp"):
-                shutil.rmtree(abandoned)
-            scratch.mkdir(parents=True)
-        self._ranks.barrier()
+        failure = self._prepare(scratch) if self._ranks.is_first else None
+        failure = self._ranks.gather_objects(failure)[0]
+        if failure is not None:
+            raise failure
         files = _snapshot("model", model, self._ranks) | _snapshot("optimizer", optimizer, self._ranks)
         self._thread = threading.Thread(target=self._write, args=(scratch, folder, files, state), name="checkpoint")
         self._thread.start()
@@ -135,26 +143,58 @@ class CheckpointWriter:
         failures = [failure for failure in self._ranks.gather_objects(self._failure) if failure is not None]
         self._thread = self._failure = None
         if failures:
-            raise failures[0]
+            raise next((failure for failure in failures if not isinstance(failure, _OtherRank)), failures[0])
+
+    def _prepare(self, scratch: Path) -> Exception | None:
+        try:
+            self._check_owner()
+            with _refusals(scratch):
+                for abandoned in self._root.glob("step-*.tmp"):
+                    shutil.rmtree(abandoned)
+                scratch.mkdir(parents=True)
+        except Exception as error:
+            return error
+        return None
 
     def _write(self, scratch: Path, folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         started = time.perf_counter()
         try:
-            _write_files(scratch, files, self._ranks.rank)
+            with _refusals(scratch):
+                _write_files(scratch, files, self._ranks.rank)
             if self._ranks.is_first:
                 manifest = _collect_notes(scratch, self._ranks.size)
-                (scratch / "state.json").write_text(json.dumps({"format": FORMAT} | state, indent=1))
-                dump_config(self._config, scratch / "config.yaml")
-                manifest |= {name: _entry(scratch / name) for name in ("state.json", "config.yaml")}
-                (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
-                self._check_owner()
-                _commit(scratch, folder)
-                _retire(self._root, folder, self._keep)
+                with _refusals(scratch):
+                    self._finish(scratch, folder, manifest, state)
                 size = sum(entry["bytes"] for entry in manifest.values()) / 2**30
                 get_logger().info("%s: %.2f GB in %.1f s", folder, size, time.perf_counter() - started)
         except BaseException as error:  # noqa: B036 - raised by the next save or wait, in the training's thread
             get_logger().error("%s was not written: %s", folder, error)
             self._failure = error
+            if self._ranks.is_first:
+                shutil.rmtree(scratch, ignore_errors=True)  # the disk may be full of it
+
+    def _finish(self, scratch: Path, folder: Path, manifest: dict[str, Any], state: dict[str, Any]) -> None:
+        (scratch / "state.json").write_text(json.dumps({"format": FORMAT} | state, indent=1))
+        dump_config(self._config, scratch / "config.yaml")
+        manifest |= {name: _entry(scratch / name) for name in ("state.json", "config.yaml")}
+        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        self._check_owner()
+        _commit(scratch, folder)
+        _retire(self._root, folder, self._keep)
+
+
+@contextlib.contextmanager
+def _refusals(scratch: Path) -> Iterator[None]:
+    """What the disk refuses becomes NotSaved, with the room that is left."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        where = next(path for path in scratch.parents if path.is_dir())
+        free = shutil.disk_usage(where).free / 1e9
+        raise NotSaved(
+            f"{scratch}: not written: {getattr(error, 'strerror', None) or error}; {free:.3g} GB are free there, the "
+            "checkpoints before are whole: make room"
+        ) from None
 
 
 def save_checkpoint(
@@ -195,37 +235,33 @@ def _host_copy(tensor: Tensor) -> Tensor:
 
 
 def _write_files(scratch: Path, files: dict[str, dict[str, Tensor]], rank: int) -> None:
-    """Write this rank's files and its note, which says what went wrong if something did."""
-    note: dict[str, Any] = {"files": {}, "error": None}
+    """Write this rank's files and its note; an empty file says that it failed, which a full disk may still take."""
     try:
+        note = {}
         for name in list(files):
             path = scratch / name
             save_file(files.pop(name), path)
             path.chmod(0o644)  # safetensors writes for the owner alone; others convert and evaluate too
-            note["files"][name] = _entry(path)
-    except Exception as error:
-        note["error"] = str(error)
-        raise
-    finally:
+            note[name] = _entry(path)
         unfinished = scratch / f"rank-{rank}.unfinished"
         unfinished.write_text(json.dumps(note))
         unfinished.replace(scratch / f"rank-{rank}.note")
+    except BaseException:
+        (scratch / f"rank-{rank}.failed").touch()
+        raise
 
 
 def _collect_notes(scratch: Path, ranks: int) -> dict[str, Any]:
-    """The manifest's entries of all ranks' files; the notes are removed. Raises OSError where a rank failed."""
+    """The manifest's entries of all ranks' files; the notes are removed. Raises NotSaved where a rank failed."""
     manifest: dict[str, Any] = {}
     deadline = time.monotonic() + NOTE_SECONDS
     for rank in range(ranks):
         path = scratch / f"rank-{rank}.note"
         while not path.exists():
-            if time.monotonic() > deadline:
-                raise OSError(f"{scratch}: rank {rank} did not finish its files in {NOTE_SECONDS:g} s")
+            if path.with_suffix(".failed").exists() or time.monotonic() > deadline:
+                raise _OtherRank(f"{scratch}: rank {rank} has not written its files")
             time.sleep(0.02)
-        note = json.loads(path.read_text())
-        if note["error"]:
-            raise OSError(f"rank {rank}: {note['error']}")
-        manifest |= note["files"]
+        manifest |= json.loads(path.read_text())
         path.unlink()
     return manifest
 

@@ -10,7 +10,14 @@ import torch
 
 from megaboat.config import build_config
 from megaboat.engine import checkpoint
-from megaboat.engine.checkpoint import Checkpoint, CheckpointWriter, committed, find_checkpoint, save_checkpoint
+from megaboat.engine.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    NotSaved,
+    committed,
+    find_checkpoint,
+    save_checkpoint,
+)
 from megaboat.engine.hooks import JsonLines
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
@@ -144,16 +151,23 @@ def write_on_two(ranks: Ranks, root: Path, broken_rank: int | None) -> str:
     writer.save(tensors(), [], {"step": 1})
     try:
         writer.wait()
-    except Exception as error:
+    except NotSaved as error:
         return str(error)
     return ""
+
+
+def test_a_disk_that_takes_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(NotSaved, match="not written: .*GB are free there, the checkpoints before are whole"):
+        save(tmp_path / "checkpoints", 1)
 
 
 def test_a_rank_that_cannot_write_keeps_all_from_committing(tmp_path: Path) -> None:
     first, second = run_on_ranks(write_on_two, 2, tmp_path / "broken", 1)
     assert first == second
-    assert first.startswith("rank 1: ")
-    assert names(tmp_path / "broken") == []
+    assert "step-1.tmp: not written: " in first
+    assert "GB are free there" in first
+    assert not list((tmp_path / "broken").iterdir())
     assert run_on_ranks(write_on_two, 2, tmp_path / "sound", None) == ["", ""]
     found = find_checkpoint(tmp_path / "sound")
     assert found is not None
