@@ -24,6 +24,7 @@ from megaboat.engine.deepspeed import connect
 from megaboat.engine.hooks import Hook
 from megaboat.engine.ranks import Ranks, this_process
 from megaboat.engine.run_config import RunConfig
+from megaboat.engine.stop import StopRequest
 from megaboat.layers.configurator import Configurator, Routing
 from megaboat.log import setup_logging
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=60, metavar="N", help="of each way; the first third is not counted"
     )
     parser.add_argument("--ragged", action="store_true", help="force each window's activation, from 0.05 to 0.95")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the last way's trace, for balance simulate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
 
 
@@ -58,25 +60,30 @@ def run(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = ranks.gather_objects(scratch)[0]
             changes = [f"train.out={folder}/run", f"train.steps={arguments.steps}", f"balance.assignment={way}"]
-            quiet = ["train.tensorboard=false", "train.eval_every=0", "train.save_every=0", "train.eval_tokens=1"]
-            config = load_config(RunConfig, arguments.config, [*arguments.overrides, *changes, *quiet])
-            results[way] = measure(config, ranks, arguments.ragged)
+            changes += ["balance.trace_every=1"] if arguments.trace else []
+            config = load_config(RunConfig, arguments.config, [*arguments.overrides, *changes])
+            recorder = _Recorder()
+            results[way] = measure(config, ranks, recorder, arguments.ragged)
             ranks.barrier()
     if ranks.is_first:
         print(table(results))
+        if arguments.trace:
+            arguments.trace.write_text("".join(json.dumps(line) + "\n" for line in recorder.trace))
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     dist.destroy_process_group()
 
 
-def measure(config: RunConfig, ranks: Ranks, ragged: bool) -> dict[str, float]:
+def measure(config: RunConfig, ranks: Ranks, recorder: "_Recorder", ragged: bool) -> dict[str, float]:
     """Medians over the last two thirds of a run's steps."""
     trainer = open_run(config, ranks)
-    recorder = _Recorder()
     trainer.hooks = [recorder]
     if ragged:
         force_ragged(trainer.engine.module)
-    trainer.fit()
+    with trainer.watchdog, StopRequest() as stop:  # not `fit`, which evaluates and saves at the end
+        for _ in range(config.train.steps):
+            trainer.train_step(stop)
+    trainer.loader.close()
     if trainer.fence is not None:
         trainer.fence.release()
     kept = recorder.steps[len(recorder.steps) // 3 :]
@@ -117,8 +124,12 @@ class _Recorder(Hook):
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
+        self.trace: list[dict[str, Any]] = []
 
     def on_step(self, metrics: dict[str, Any]) -> None:
         balance = metrics["balance"]
         overhead = balance["seconds"] / balance["work_seconds"]
         self.steps.append({**balance, "step_time": metrics["step_time"], "overhead": overhead})
+
+    def on_trace(self, record: dict[str, Any]) -> None:
+        self.trace.append(record)
