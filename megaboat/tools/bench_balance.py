@@ -91,14 +91,14 @@ def measure(config: RunConfig, ranks: Ranks, recorder: "_Recorder", ragged: bool
 
 
 def force_ragged(model: nn.Module) -> None:
-    """Each row activates a share of its tokens that follows from the tokens themselves: the same on any rank."""
+    """Each row activates a share of its tokens that grows with how varied they are: the same on any rank."""
     tokens: list[Tensor] = []
     model.register_forward_pre_hook(lambda _, inputs: tokens.__setitem__(slice(None), [inputs[0]]))
 
     def force(module: nn.Module, inputs: Any, routing: Routing) -> Routing:
         B, T = tokens[0].shape
-        rarity_B = torch.log1p(tokens[0].float()).mean(1)
-        share_B = (0.5 + 0.45 * torch.sin(20 * rarity_B)).clamp(0.05, 0.95)
+        distinct_B = 1 + (tokens[0].sort(1).values.diff(dim=1) > 0).sum(1)
+        share_B = (3 * distinct_B / T - 0.9).clamp(0.05, 0.95)  # 0.3 to 0.6 of a row's tokens are distinct
         turn_BT = (torch.arange(T, device=share_B.device) * 0.618034) % 1  # spread evenly over the row
         active_XM = (turn_BT < share_B[:, None]).reshape(B * T, 1).expand_as(routing.active_XM)
         confidence_XM = torch.sigmoid(routing.margin_XM / routing.temperature_M) * active_XM
