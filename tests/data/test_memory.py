@@ -75,6 +75,7 @@ def write_dataset(folder: Path) -> int:
         "vocab_size": 32_000,
         "eos_id": 2,
         "tokenizer": {"file": None, "name": "bytes"},
+        "preprocess": {"options": {}},
         "splits": {"train": {"zeros": entry}},
     }
     write_json(folder / "index.json", index)
