@@ -123,6 +123,7 @@ class LlamaReader:
 
     def __init__(self, model: Llama) -> None:
         self.model = model
+        model.body.set_attn_implementation("sdpa")  # training's attention takes packed rows and no cache
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:

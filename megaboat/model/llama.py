@@ -64,7 +64,6 @@ class Llama(nn.Module):
                 rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
                 max_position_embeddings=1 << 20,
                 use_cache=False,
-                attn_implementation=PACKED,
             )
         )
         self.head = Head(self.body.embed_tokens.weight)
@@ -90,6 +89,8 @@ class Llama(nn.Module):
     ) -> ModelOutput:
         """Read B x T tokens of packed documents."""
         x_BTD = to_compute_dtype(self.body.embed_tokens(tokens_BT))
+        if self.body.config._attn_implementation != PACKED:  # generation, which has a cache, sets another
+            self.body.set_attn_implementation(PACKED)
         h_BTD = self.body(inputs_embeds=x_BTD, position_ids=docs.positions_BT, docs=docs).last_hidden_state
         nll = None if targets_BT is None else self.head(h_BTD, targets_BT, per_token)
         return ModelOutput(nll, h_BTD, [])
