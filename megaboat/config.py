@@ -13,6 +13,8 @@ import yaml
 
 from megaboat.errors import BadInput
 
+MAX_BYTES, MAX_VALUES = 1 << 20, 20_000  # YAML can say exponentially much in a few lines
+
 
 class Section(pydantic.BaseModel):
     """A group of options: typed, immutable, closed to unknown keys."""
@@ -50,9 +52,11 @@ def dump_config(config: Section, path: Path) -> None:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"{path}: no such config file")
+    if path.stat().st_size > MAX_BYTES:
+        raise BadInput(f"{path}: {path.stat().st_size:,} bytes; a config file has at most {MAX_BYTES:,}")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = _parse(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -61,13 +65,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _parse(text: str) -> Any:
+    """YAML as plain values. Raises ValueError where aliases unfold to more than a config can hold, or to themselves."""
+    tree = yaml.safe_load(text)
+    unseen, count = [tree], 0
+    while unseen:
+        value = unseen.pop()
+        count += 1
+        if count > MAX_VALUES:
+            raise ValueError(f"it unfolds to more than {MAX_VALUES:,} values")
+        if isinstance(value, dict | list | tuple | set):
+            unseen += [*value, *value.values()] if isinstance(value, dict) else value
+    return tree
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise BadInput(f"override {override!r}: expected section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise BadInput(f"override {override!r}: {text!r} is not a YAML value") from None
     *parents, leaf = key.split(".")
     node = tree

@@ -1,5 +1,6 @@
 """A prepared dataset, opened for reading: each source of each split is one long array of tokens, mapped from disk."""
 
+import errno
 import mmap
 import zlib
 from array import array
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megaboat.data.files import sha256_of_file
+from megaboat.data.files import read_table, sha256_of_file
 from megaboat.data.index import INDEX_FILE, dataset_id, read_index
 from megaboat.data.shards import BLOCK_DTYPE, CHUNK_TOKENS, doclens_offset
 from megaboat.data.tokenizer import Tokenizer, open_tokenizer
@@ -20,6 +21,7 @@ from megaboat.errors import BadInput, DamagedData
 
 # Document borders of recently read blocks are kept up to this much.
 BORDER_CACHE_BYTES = 32 << 20
+MADV_POPULATE_READ = 22  # since Linux 5.14; elsewhere the call is refused, and that is passed over
 
 
 class DamagedBlock(DamagedData):
@@ -129,15 +131,18 @@ class TokenSource:
         self._shards: list[str] = [shard["file"] for shard in entry["shards"]]
         self._blocks = self._table(entry["blocks_file"], entry["blocks_sha256"])
         self._crcs = self._table(entry["crc_file"], entry["crc_sha256"])
-        assert self._blocks.dtype == BLOCK_DTYPE
+        if self._blocks.dtype != BLOCK_DTYPE or self._blocks.ndim != 1:
+            raise DamagedData(f"{dataset.path / entry['blocks_file']}: not a table of blocks")
         lengths = self._blocks["n_tokens"].astype(np.int64)
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._check_tables(dataset.path / INDEX_FILE)
         # Looked up one at a time for every window: Python integers are quicker than numpy's.
         self._first_chunk = array("q", np.concatenate([[0], np.cumsum(-(-lengths // CHUNK_TOKENS))]).tobytes())
         self._shard_of = array("q", self._blocks["shard"].astype(np.int64).tobytes())
         self._bases = array("q", (self._blocks["offset"].astype(np.int64) // self.dtype.itemsize).tobytes())
         self._checked = bytearray([dataset.verify == "off"]) * len(self._crcs)
         self._maps: dict[int, np.ndarray] = {}
+        self._mapped: dict[int, mmap.mmap] = {}
         self._borders: OrderedDict[int, np.ndarray] = OrderedDict()
         self._borders_lock = Lock()
         self._border_bytes = 0
@@ -220,6 +225,7 @@ class TokenSource:
     def _check_chunk(self, block: int, number: int, tokens: np.ndarray, base: int) -> None:
         start = number * CHUNK_TOKENS
         stop = min(start + CHUNK_TOKENS, int(self._blocks["n_tokens"][block]))
+        self._load(block, (base + start) * self.dtype.itemsize, (base + stop) * self.dtype.itemsize)
         found = zlib.crc32(tokens[base + start : base + stop].view(np.uint8).data)
         if found != self._crcs[self._first_chunk[block] + number]:
             offset = (base + start) * self.dtype.itemsize
@@ -238,6 +244,7 @@ class TokenSource:
                 return known
         row = self._blocks[block]
         offset = doclens_offset(int(row["offset"]), int(row["n_tokens"]), self.dtype.itemsize)
+        self._load(block, offset, offset + 4 * int(row["n_docs"]))
         raw = self._map(block)[0].view(np.uint8)[offset : offset + 4 * int(row["n_docs"])]
         borders = np.concatenate([[0], np.cumsum(raw.view("<u4"), dtype=np.int64)])
         if borders[-1] != row["n_tokens"]:
@@ -258,18 +265,44 @@ class TokenSource:
             try:
                 with path.open("rb") as file:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError):
-                raise DamagedData(f"{path}: shard cannot be mapped") from None
+            except (OSError, ValueError) as error:
+                raise DamagedData(f"{path}: shard cannot be mapped ({error})") from None
+            self._mapped[shard] = mapped
             self._maps[shard] = np.frombuffer(mapped, self.dtype)
         return self._maps[shard], self._bases[block]
 
     def _first_block(self, shard: int) -> int:
         return int(np.searchsorted(self._blocks["shard"], shard))
 
+    def _load(self, block: int, start: int, stop: int) -> None:
+        """Have the kernel read bytes [start, stop) of a block's shard now, where a cut file or a dead disk is an error;
+        met later, through the mapping, it would be a SIGBUS that ends the process without a word."""
+        self._map(block)
+        low = start - start % mmap.PAGESIZE
+        try:
+            self._mapped[self._shard_of[block]].madvise(MADV_POPULATE_READ, low, stop - low)
+        except OSError as error:
+            if error.errno in (errno.EFAULT, errno.EIO):
+                self._damaged(block, f"byte offset {start:,} cannot be read: the file was cut, or its disk is dead")
+        except ValueError:
+            self._damaged(block, f"byte offset {start:,} is past the end of the file")
+
     def _damaged(self, block: int, what: str) -> None:
         name = self.block_name(block)
         shard, _, number = name.rpartition(":")
         raise DamagedBlock(f"{self._folder / shard}: block {number}: {what}", name)
+
+    def _check_tables(self, index: Path) -> None:
+        """Raises DamagedData where index and tables do not count the same."""
+        counts = {
+            "tokens": (self.n_tokens, int(self._starts[-1])),
+            "documents": (self.n_docs, int(self._blocks["n_docs"].sum(dtype=np.int64))),
+            "chunks": (len(self._crcs), int((-(-np.diff(self._starts) // CHUNK_TOKENS)).sum())),
+            "shards": (len(self._shards), int(self._blocks["shard"].astype(np.int64).max(initial=-1)) + 1),
+        }
+        for what, (said, found) in counts.items():
+            if said != found:
+                raise DamagedData(f"{index}: {self.split}/{self.name} has {said:,} {what}, its blocks {found:,}")
 
     def _table(self, file: str, sha256: str) -> np.ndarray:
         path = self._folder / file
@@ -277,5 +310,4 @@ class TokenSource:
             raise DamagedData(f"{path}: missing; {INDEX_FILE} names it")
         if sha256_of_file(path) != sha256:
             raise DamagedData(f"{path}: not the file that {INDEX_FILE} names (sha256 differs)")
-        table: np.ndarray = np.load(path)
-        return table
+        return read_table(path)

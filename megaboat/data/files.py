@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megaboat.errors import DamagedData
+
 
 def canonical_json(value: Any) -> str:
     """One text for one value: sorted keys, ASCII, a newline at the end."""
@@ -24,6 +26,47 @@ def sha256_of_file(path: Path) -> str:
     """The hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, limit: int = 1 << 28) -> Any:
+    """A JSON file of at most `limit` bytes. Raises DamagedData where it cannot be read."""
+    try:
+        if path.stat().st_size > limit:
+            raise DamagedData(f"{path}: {path.stat().st_size:,} bytes; such a file has at most {limit:,}")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedData(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise DamagedData(f"{path}: cannot be read: nested too deeply") from None
+
+
+def read_table(path: Path) -> np.ndarray:
+    """A .npy file of plain numbers. Raises DamagedData for anything else."""
+    try:
+        table: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DamagedData(f"{path}: cannot be read: {error}") from None
+    return table
+
+
+def check_inside(name: Any, named_by: Path) -> None:
+    """Raises DamagedData unless `name`, found in the file `named_by`, stays in that file's folder."""
+    inside = isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not inside or "\0" in name:
+        raise DamagedData(f"{named_by}: it names the file {name!r}, which is not in its folder; nothing was read there")
+
+
+def check_files(folder: Path, files: Any, named_by: Path) -> None:
+    """Raises DamagedData unless each file of `{name: {"bytes": ..., "sha256": ...}}` is in the folder, as it says."""
+    try:
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise DamagedData(f"{named_by}: damaged: it does not give size and sha256 of each file") from None
+    for name, (size, sha256) in entries.items():
+        check_inside(name, named_by)
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size or sha256_of_file(path) != sha256:
+            raise DamagedData(f"{path}: not as written: size or sha256 differs from {named_by.name}")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:

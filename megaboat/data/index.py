@@ -1,19 +1,20 @@
 """index.json: what a dataset holds, with the hash of every part of it. Its own hash is the dataset's identity."""
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
 
-from megaboat.data.files import sha256_of_file, sha256_of_json, write_array
+from megaboat.data.files import check_inside, read_json, sha256_of_file, sha256_of_json, write_array
 from megaboat.data.shards import BLOCK_DTYPE, FORMAT, ShardRecord, check_vocabulary, token_dtype
 from megaboat.data.tokenizer import PRETOK, Tokenizer, trainer_version
 from megaboat.errors import BadInput, DamagedData
 
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.model"
+Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 
 
 def build_index(
@@ -60,16 +61,74 @@ def build_index(
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a dataset folder. Raises BadInput if there is none, DamagedData if it cannot be understood."""
     path = folder / INDEX_FILE
-    try:
-        index: dict[str, Any] = json.loads(path.read_bytes())
-    except OSError:
+    if not path.is_file():
         hint = f"megaboat data prepare --input 'GLOB.jsonl.zst' --tokenizer FILE --out {folder}"
-        raise BadInput(f"no dataset in {folder} ({INDEX_FILE} is missing); make one with: {hint}") from None
-    except ValueError:
-        raise DamagedData(f"{path}: not JSON") from None
-    if index.get("format") != FORMAT:
-        raise BadInput(f"{path}: format {index.get('format')!r}; this version reads {FORMAT!r}")
+        raise BadInput(f"no dataset in {folder} ({INDEX_FILE} is missing); make one with: {hint}")
+    index = read_json(path)
+    found = index.get("format") if isinstance(index, dict) else None
+    if found != FORMAT:
+        raise BadInput(f"{path}: format {found!r}; this version reads {FORMAT!r}")
+    try:
+        known = _Index.model_validate(index)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedData(f"{path}: not the index of a dataset: {where}: {first['msg']}") from None
+    for name in known.file_names():
+        check_inside(name, path)
     return index
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+
+
+class _Shard(_Part):
+    file: str
+    size: Count
+    sha256: str
+
+
+class _Source(_Part):
+    name: str
+    n_tokens: Count
+    n_docs: Count
+    n_text_bytes: Count
+    shards: list[_Shard]
+    blocks_file: str
+    blocks_sha256: str
+    crc_file: str
+    crc_sha256: str
+
+
+class _Tokenizer(_Part):
+    name: str | None
+    file: str | None
+    sha256: str | None
+    content_id: str
+
+
+class _Preprocess(_Part):
+    options: dict[str, Any]
+    sha256: str
+
+
+class _Index(_Part):
+    """What is read of an index, so that no other file meets a missing entry or one of another kind."""
+
+    vocab_size: Count
+    dtype: Literal["|u1", "<u2", "<u4"]
+    eos_id: int | None
+    tokenizer: _Tokenizer
+    preprocess: _Preprocess
+    splits: dict[str, dict[str, _Source]]
+
+    def file_names(self) -> list[str]:
+        names = [self.tokenizer.file] if self.tokenizer.file is not None else []
+        for sources in self.splits.values():
+            for source in sources.values():
+                names += [source.blocks_file, source.crc_file, *(shard.file for shard in source.shards)]
+        return names
 
 
 def dataset_id(folder: Path) -> str:

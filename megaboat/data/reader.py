@@ -19,6 +19,7 @@ from megaboat.errors import BadInput
 READ_BYTES = 1 << 16
 # Archives written with `zstd --long=31` need the largest window that the format knows.
 MAX_WINDOW = 1 << 31
+MAX_DOCUMENT = 1 << 31  # of a text file, decompressed: a few kB of zeros would fill any memory
 PLAIN_TEXT = {".txt", ".xml"}
 UNREAD = {".arrow", ".bz2", ".xz", ".lz4", ".zip", ".tar"}
 
@@ -49,8 +50,14 @@ def is_plain_text(path: Path) -> bool:
 
 
 def read_whole(path: Path, on_read: Callable[[int], object] = lambda count: None) -> bytes:
-    """All of a file, decompressed. Raises BrokenInput if it is damaged."""
-    return b"".join(_chunks(path, on_read))
+    """All of a file, decompressed. Raises BrokenInput if it is damaged, BadInput if it is no document but a bomb."""
+    chunks, size = [], 0
+    for chunk in _chunks(path, on_read):
+        size += len(chunk)
+        if size > MAX_DOCUMENT:
+            raise BadInput(f"{path}: one document of over {MAX_DOCUMENT:,} bytes; cut it, or prepare it as jsonl")
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def read_lines(

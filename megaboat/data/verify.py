@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from megaboat.data.files import sha256_of_file, sha256_of_json
+from megaboat.data.files import read_table, sha256_of_file, sha256_of_json
 from megaboat.data.index import INDEX_FILE, read_index
 from megaboat.data.pool import Report, run_jobs
 from megaboat.data.shards import FORMAT, chunk_crcs
@@ -101,7 +101,7 @@ def _shard_checks(folder: Path, index: dict[str, Any]) -> list[ShardCheck]:
     checks = []
     for sources in index["splits"].values():
         for source, entry in sources.items():
-            blocks, crcs = np.load(folder / entry["blocks_file"]), np.load(folder / entry["crc_file"])
+            blocks, crcs = read_table(folder / entry["blocks_file"]), read_table(folder / entry["crc_file"])
             chunks = -(-blocks["n_tokens"].astype(np.int64) // (1 << 16))
             crc_of_shard = np.repeat(blocks["shard"], chunks)
             checks += [
@@ -129,7 +129,7 @@ def _read_members(path: Path, data: bytes, job: ShardCheck) -> list[dict[str, An
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             for info in tar:
                 _read_member(path, tar, info, blocks)
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except (tarfile.TarError, ValueError, EOFError, MemoryError, RecursionError) as error:
         _fail(path, f"block {max(len(blocks) - 1, 0)} cannot be read: {error}")
     return blocks
 
@@ -137,6 +137,8 @@ def _read_members(path: Path, data: bytes, job: ShardCheck) -> list[dict[str, An
 def _read_member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo, blocks: list[dict[str, Any]]) -> None:
     """Add a member to the block that it belongs to; its tokens begin a new one."""
     key, _, kind = info.name.partition(".")
+    if not info.isreg() or info.issparse():
+        _fail(path, f"unexpected member {info.name!r}: no plain file")  # a link, a device, a hole of terabytes
     if kind == MEMBERS[0]:
         blocks.append({"key": key})
     content = tar.extractfile(info)

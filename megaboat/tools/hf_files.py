@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megaboat.config import load_config
-from megaboat.data.files import canonical_json, sha256_of_file
+from megaboat.data.files import canonical_json, check_files, read_json, sha256_of_file
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput, DamagedData
 from megaboat.model.config import LlamaConfig
@@ -36,7 +36,7 @@ class Export:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._record = _read_json(folder / EXPORT_FILE)
+        self._record = read_json(folder / EXPORT_FILE)
         found = self._record.get("format") if isinstance(self._record, dict) else None
         if found != FORMAT:
             raise BadInput(f"{folder}: exported in format {found!r}, this version of megaboat reads {FORMAT!r}")
@@ -51,10 +51,11 @@ class Export:
 
     def verify(self) -> None:
         """Raises DamagedData when a file is missing or not as it was written."""
-        for name, entry in self._record["files"].items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_of_file(path) != entry["sha256"]:
-                raise DamagedData(f"{path}: not as exported: size or sha256 differs from {EXPORT_FILE}")
+        files = self._record.get("files")
+        check_files(self.folder, files, self.folder / EXPORT_FILE)
+        unnamed = {path.name for path in self.folder.glob("model*.safetensors")} - set(files)
+        if unnamed:
+            raise DamagedData(f"{self.folder / min(unnamed)}: not in {EXPORT_FILE}: it came from elsewhere")
 
     def model(self) -> Mapping[str, Tensor]:
         """Every tensor under the name that our model gives it, read when asked for."""
@@ -140,10 +141,3 @@ class _Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._place)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedData(f"{path}: cannot be read: {error}") from None

@@ -245,16 +245,16 @@ RUNS = {
 EXPORTS = {
     "an empty folder": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), 2, "no megaboat.json"),
     "no folder": (shutil.rmtree, 2, "no megaboat.json"),
-    "cut weights": (cut("model.safetensors"), 3, "not as exported"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), 3, "not as exported"),
+    "cut weights": (cut("model.safetensors"), 3, "not as written"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), 3, "not as written"),
     "cut record": (cut("megaboat.json"), 3, "cannot be read"),
     "a newer format": (newer("megaboat.json", "megaboat-export"), 2, "exported in format 'megaboat-export/2'"),
-    "another tokenizer": (other_tokenizer, 3, "not as exported"),
+    "another tokenizer": (other_tokenizer, 3, "not as written"),
     "somebody else's export": (somebody_elses, 2, "expected a folder that `megaboat convert to-hf` wrote"),
     "a list for a record": (written("megaboat.json", "[]"), 2, "exported in format None"),
     "a record without files": (forgotten("files"), 3, "'files' is missing"),
     "a record without state": (forgotten("state"), 3, "'state' is missing"),
-    "other sizes": (lambda folder: append(folder / "config.json"), 3, "not as exported"),
+    "other sizes": (lambda folder: append(folder / "config.json"), 3, "not as written"),
 }
 
 
@@ -302,7 +302,7 @@ def test_a_file_cut_after_sealing_is_named(exported: Path, tmp_path: Path) -> No
     (copy / "README.md").write_text("mine")
     Export(copy).verify()
     (copy / "modeling_seqboat.py").write_text("import os")
-    with pytest.raises(DamagedData, match=r"modeling_seqboat\.py: not as exported"):
+    with pytest.raises(DamagedData, match=r"modeling_seqboat\.py: not as written"):
         Export(copy).verify()
 
 
