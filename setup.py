@@ -35,7 +35,11 @@ setup(
     extras_require={
         "flash": ["flash-attn-4"],
         "parquet": ["pyarrow>=17"],
-        "hf": ["accelerate>=1", "peft>=0.17", "lm_eval>=0.4.9"],  # the clients that tests run exports with; else skipped
+        "hf": [
+            "accelerate>=1",
+            "peft>=0.17",
+            "lm_eval>=0.4.9",
+        ],  # the clients that tests run exports with; else skipped
         "test": ["pytest>=8,<10", "hypothesis>=6,<7", "pyarrow>=17", "triton>=3.7; platform_machine == 'x86_64'"],
         "dev": ["ruff==0.17.*", "mypy>=1.15", "pre-commit>=4", "types-PyYAML", "types-tqdm"],
     },

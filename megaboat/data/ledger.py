@@ -14,11 +14,16 @@ from megaboat.errors import DamagedData
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A step, the first window of its global batch and `step_crc` of the batch."""
+    """A step, the first window of its global batch, `step_crc` of the batch, and why it changed no weights if so."""
 
     step: int
     first_window: int
     crc: int
+    skipped: str | None = None
+
+    def line(self) -> bytes:
+        """The step's line in the file; `skipped` only where it was."""
+        return json.dumps({key: value for key, value in asdict(self).items() if value is not None}).encode() + b"\n"
 
 
 def step_crc(crcs: Sequence[int]) -> int:
@@ -49,28 +54,30 @@ class Ledger:
             # A killed writer leaves half a line; its step is about to be repeated.
             self._file.truncate(sum(len(line) + 1 for line in whole))
 
-    def append(self, step: int, first_window: int, crc: int) -> None:
+    def append(self, step: int, first_window: int, crc: int, skipped: str | None = None) -> None:
         """Note a step. Raises DamagedData if it was noted before with other data."""
-        entry = Entry(step, first_window, crc)
+        entry = Entry(step, first_window, crc, skipped)
         before = self._entries.get(step)
-        if before is not None:
-            if before != entry:
-                raise DamagedData(
-                    f"{self.path}: step {step:,} used window {before.first_window:,} with crc {before.crc:08x}, "
-                    f"repeated it is window {first_window:,} with crc {crc:08x}"
-                )
-            return
+        if before is not None and (before.first_window, before.crc) != (first_window, crc):
+            raise DamagedData(
+                f"{self.path}: step {step:,} used window {before.first_window:,} with crc {before.crc:08x}, "
+                f"repeated it is window {first_window:,} with crc {crc:08x}"
+            )
         self._entries[step] = entry
-        self._file.write(json.dumps(asdict(entry)).encode() + b"\n")
-        self._file.flush()
+        if before is None:
+            self._file.write(entry.line())
+            self._file.flush()
+        elif before != entry:  # it went well once and is left out now
+            self._write_all()
+
+    def skipped(self) -> dict[int, str]:
+        """The steps that changed no weights, with the reason: they are left out again when they are repeated."""
+        return {step: entry.skipped for step, entry in self._entries.items() if entry.skipped}
 
     def forget_after(self, step: int) -> None:
         """Drop the entries of later steps: they will be done again with other data, and that is meant."""
         self._entries = {number: entry for number, entry in self._entries.items() if number <= step}
-        lines = [json.dumps(asdict(entry)).encode() + b"\n" for _, entry in sorted(self._entries.items())]
-        self._file.truncate(0)
-        self._file.writelines(lines)
-        self._file.flush()
+        self._write_all()
 
     def sync(self) -> None:
         """Put all lines on disk, so that a ledger is never behind a checkpoint."""
@@ -87,3 +94,8 @@ class Ledger:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _write_all(self) -> None:
+        self._file.truncate(0)
+        self._file.writelines(entry.line() for _, entry in sorted(self._entries.items()))
+        self._file.flush()

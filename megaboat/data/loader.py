@@ -69,6 +69,17 @@ class Loader:
         self.consumed_windows += self.global_batch
         return batch
 
+    def seek(self, consumed_windows: int) -> None:
+        """Go on from another window."""
+        self._prefetch.close()
+        self.consumed_windows = consumed_windows
+        self._prefetch = _Prefetch(self._batches(consumed_windows))
+
+    def places(self, first: int, last: int) -> list[tuple[str, int]]:
+        """Source and first token, within the source, of windows [first, last)."""
+        source, start = make_order(self.config, self.dataset, self.global_batch).locate(np.arange(first, last))
+        return [(self.source_names[k], token) for k, token in zip(source.tolist(), start.tolist(), strict=True)]
+
     def close(self) -> None:
         """Stop reading ahead. The loader gives no more batches."""
         self._prefetch.close()

@@ -2,8 +2,6 @@
 
 import shutil
 import sys
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
@@ -13,12 +11,14 @@ from megaboat.data.ledger import Ledger
 from megaboat.data.loader import Loader
 from megaboat.data.plan import excluded_blocks
 from megaboat.engine.balance import Balance
-from megaboat.engine.checkpoint import Checkpoint, find_checkpoint, load_weights
+from megaboat.engine.checkpoint import Checkpoint, agreed_checkpoint, load_weights
 from megaboat.engine.deepspeed import Engine, connect
 from megaboat.engine.evaluate import documents
 from megaboat.engine.fence import OWNER, Fence, take_fence
+from megaboat.engine.guard import Guard, guard_state
 from megaboat.engine.hooks import Hook, JsonLines, Pictures, ProgressBar, ProgressLines, TensorBoard
-from megaboat.engine.ranks import Ranks
+from megaboat.engine.profile import Profiler
+from megaboat.engine.ranks import Ranks, be_deterministic
 from megaboat.engine.roll_call import roll_call
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.trainer import Trainer
@@ -35,8 +35,6 @@ CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 1 << 18
 # Of the model's configuration; what else changed would be another model under the same weights.
 MAY_CHANGE = {"dropout", "calibrate", "temperature_scale", "block"}
 
-T = TypeVar("T")
-
 
 def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) -> Trainer:
     """A trainer at step 0, or at the newest whole checkpoint of `train.out`; `pictures` go to TensorBoard.
@@ -45,12 +43,15 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
     index or manifest says; nothing is written before these checks.
     """
     config.check_world(ranks.size)
+    if config.train.deterministic:
+        be_deterministic()
     dataset = _open_data(config)
     config = _with_vocabulary(config, dataset)
     config.check_world(ranks.size)  # now with the vocabulary
     watchdog = Watchdog(config.train.out, ranks, config.train.hang_seconds)
     with watchdog:
         connect(ranks)
+        watchdog.name_attempt()
         # Before anything is read: ranks of a lost attempt must not commit a checkpoint behind this one's back.
         fence = take_fence(config.train.out, ranks)
         try:
@@ -72,7 +73,7 @@ def _open_owned(
 ) -> Trainer:
     ranks = ranks.in_mesh(config.parallel.tensor, config.parallel.sequence)
     watchdog.beat("read checkpoint")
-    checkpoint = _agreed_checkpoint(config, ranks)
+    checkpoint = agreed_checkpoint(config.train.out / "checkpoints", ranks)
     if checkpoint is not None:
         dataset.check_tokenizer(checkpoint.state["tokenizer"]["content_id"], str(checkpoint.folder))
         _check_same_run(config, checkpoint)
@@ -105,9 +106,11 @@ def _open_owned(
         _calibrate(model, config, dataset, ranks)
     watchdog.beat("start DeepSpeed")
     engine = Engine(model, config, ranks)
-    if checkpoint is not None:
-        engine.set_moments(checkpoint.optimizer(), step)
-    ledger = _on_first(ranks, lambda: _write_run_folder(config, dataset, checkpoint))
+    state = guard_state(checkpoint.state) if checkpoint else None
+    if checkpoint is not None and state is not None:
+        engine.set_moments(checkpoint.optimizer(), state["updates"])
+    ledger = ranks.on_first(lambda: _write_run_folder(config, dataset, checkpoint))
+    named = ranks.gather_objects(ledger.skipped() if ledger else {})[0]
     setup_logging(ranks.rank, ranks.size, config.train.out / "log.txt")
     if checkpoint is not None:
         get_logger().info("resumed %s at step %d", config.train.out, step)
@@ -116,22 +119,8 @@ def _open_owned(
             "%s holds no validation text: nothing will be evaluated (data prepare --val-per-10k keeps some back)",
             dataset.path,
         )
-    hooks = _hooks(config, ranks, pictures)
-    return Trainer(config, ranks, dataset, engine, loader, ledger, fence, watchdog, hooks, step, balance)
-
-
-def _on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:
-    """What `action` returns on rank 0, None on the others; where it raises, all ranks raise."""
-    result, failure = None, None
-    if ranks.is_first:
-        try:
-            result = action()
-        except Exception as error:
-            failure = error
-    failure = ranks.gather_objects(failure)[0]
-    if failure is not None:
-        raise failure
-    return result
+    hooks, guard = _hooks(config, ranks, pictures), Guard(config, named, state)
+    return Trainer(config, ranks, dataset, engine, loader, ledger, fence, watchdog, hooks, guard, step, balance)
 
 
 def _open_data(config: RunConfig) -> Dataset:
@@ -150,13 +139,6 @@ def _with_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
         )
     model = config.model.model_copy(update={"vocab_size": configured or dataset.vocab_size})
     return config.model_copy(update={"model": model})
-
-
-def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint that rank 0 found whole; hashing it once is enough."""
-    found = _on_first(ranks, lambda: find_checkpoint(config.train.out / "checkpoints"))
-    folder = ranks.gather_objects(found.folder if found else None)[0]
-    return Checkpoint(folder) if folder else None
 
 
 def _check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:
@@ -209,4 +191,7 @@ def _hooks(config: RunConfig, ranks: Ranks, pictures: Pictures | None) -> list[H
     hooks: list[Hook] = [progress, JsonLines(config.train.out)]
     if config.train.tensorboard:
         hooks.append(TensorBoard(config.train.out / "tensorboard", pictures))
+    if config.train.profile:
+        first, _, last = config.train.profile.partition(":")
+        hooks.append(Profiler(config.train.out / "profile", int(first), int(last)))
     return hooks

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megaboat.config import dump_config, load_config
+from megaboat.data.files import check_files, read_json
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput, DamagedData
@@ -55,7 +56,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state: dict[str, Any] = _read_json(folder / "state.json")
+        self.state: dict[str, Any] = read_json(folder / "state.json")
         found = self.state.get("format") if isinstance(self.state, dict) else None
         if found != FORMAT:
             raise BadInput(f"{folder}: written in format {found!r}, this version of megaboat reads {FORMAT!r}")
@@ -72,10 +73,12 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Raises DamagedData when a file's size or sha256 is not what the manifest says."""
-        for name, entry in _read_json(self.folder / "manifest.json").items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-                raise DamagedData(f"{path}: not as written: size or sha256 differs from manifest.json")
+        manifest = self.folder / "manifest.json"
+        files = read_json(manifest)
+        check_files(self.folder, files, manifest)
+        unnamed = {path.name for path in self.folder.glob("*.safetensors")} - set(files)
+        if unnamed:
+            raise DamagedData(f"{self.folder / min(unnamed)}: not in manifest.json: it came from elsewhere")
 
 
 def committed(root: Path) -> list[Path]:
@@ -97,6 +100,13 @@ def find_checkpoint(root: Path) -> Checkpoint | None:
     if folders:
         raise DamagedData(f"{root}: none of its {len(folders)} checkpoints is whole; move them away to start again")
     return None
+
+
+def agreed_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint that rank 0 finds whole, on all ranks; hashing it once is enough."""
+    found = ranks.on_first(lambda: find_checkpoint(root))
+    folder = ranks.gather_objects(found.folder if found else None)[0]
+    return Checkpoint(folder) if folder else None
 
 
 class CheckpointWriter:
@@ -125,10 +135,7 @@ class CheckpointWriter:
         self.wait()
         folder = self._root / f"step-{state['step']}"
         scratch = folder.with_name(folder.name + ".tmp")
-        failure = self._prepare(scratch) if self._ranks.is_first else None
-        failure = self._ranks.gather_objects(failure)[0]
-        if failure is not None:
-            raise failure
+        self._ranks.on_first(lambda: self._prepare(scratch))
         files = _snapshot("model", model, self._ranks) | _snapshot("optimizer", optimizer, self._ranks)
         self._thread = threading.Thread(target=self._write, args=(scratch, folder, files, state), name="checkpoint")
         self._thread.start()
@@ -145,16 +152,12 @@ class CheckpointWriter:
         if failures:
             raise next((failure for failure in failures if not isinstance(failure, _OtherRank)), failures[0])
 
-    def _prepare(self, scratch: Path) -> Exception | None:
-        try:
-            self._check_owner()
-            with _refusals(scratch):
-                for abandoned in self._root.glob("step-*.tmp"):
-                    shutil.rmtree(abandoned)
-                scratch.mkdir(parents=True)
-        except Exception as error:
-            return error
-        return None
+    def _prepare(self, scratch: Path) -> None:
+        self._check_owner()
+        with _refusals(scratch):
+            for abandoned in self._root.glob("step-*.tmp"):
+                shutil.rmtree(abandoned)
+            scratch.mkdir(parents=True)
 
     def _write(self, scratch: Path, folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         started = time.perf_counter()
@@ -303,13 +306,6 @@ def _entry(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedData(f"{path}: cannot be read: {error}") from None
 
 
 class _TensorFiles(Mapping[str, Tensor]):

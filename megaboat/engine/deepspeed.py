@@ -18,11 +18,14 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
@@ -93,6 +96,7 @@ class Engine:
         )
         self.stage = config.parallel.zero
         self.names = dict(model.named_parameters())
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -117,13 +121,37 @@ class Engine:
         """Add the gradient of `loss`; DeepSpeed averages over ranks, and nothing else scales it."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """After the last micro-batch of a step: clip, update, clear. Returns the gradient's norm before clipping."""
+    def gradient_norm(self) -> float:
+        """The gradient's norm over all ranks after the last micro-batch; -1, inf or nan where it is not finite."""
+        if self.stage == 0:
+            return float(self._norm_without_zero())
+        if self.stage == 3:
+            return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+        return float(self._optimizer.scaled_global_norm())
+
+    def step(self, lr: float) -> None:
+        """After the last micro-batch of a step: clip, update, clear."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = self._norm_without_zero() if self.stage == 0 else None
         self._engine.step()
-        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+
+    def skip(self) -> None:
+        """After the last micro-batch of a step: drop the gradients; weights and moments stay as they are.
+
+        ZeRO drops gradients that are not finite and clears whatever its stage keeps of them: so they are made that.
+        """
+        if self.stage == 0:
+            self._engine.zero_grad()
+            self._engine.set_gradient_accumulation_boundary(False)
+            self._engine.step()
+            self._engine.set_gradient_accumulation_boundary(None)
+            return
+        gradients = [part for parts in self._optimizer.averaged_gradients.values() for part in parts or []]
+        for part in gradients:
+            part.fill_(torch.inf)
+        self._engine.step()
+        for part in gradients:
+            part.zero_()  # ZeRO-3 keeps these buffers, and writes over all but their padding
 
     def next_micro_batch(self) -> None:
         """After a micro-batch that is not the last one of its step: DeepSpeed counts them in `step`."""
@@ -153,6 +181,22 @@ class Engine:
                 else:
                     mine = safe_get_full_optimizer_state(parameter, key)
                 yield f"{key}.{name}", self._whole(name, mine)
+
+    @torch.no_grad()
+    def set_weights(self, full: Any) -> None:
+        """Take parameters and buffers from `full[name]`. All ranks take part."""
+        for name, parameter in self.names.items():
+            value = self._part(name, full[name]).to(self._engine.device)
+            if self.stage == 3:
+                safe_set_local_fp32_param(parameter, _own_slice(parameter, value))
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.copy_(value)
+            else:
+                parameter.copy_(value)
+                if self.stage:
+                    safe_set_full_fp32_param(parameter, value)
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(full[name])
 
     def set_moments(self, full: Any, updates: int) -> None:
         """Take the moments from `full[name]` (tensors as `moments` gives them) after `updates` steps of AdamW."""

@@ -31,6 +31,9 @@ class Hook:
     def on_step(self, metrics: Metrics) -> None:
         """After each optimizer step, with the object that goes to metrics.jsonl."""
 
+    def on_skip(self, step: int, reason: str) -> None:
+        """After a step that changed no weights: it has no metrics."""
+
     def on_layers(self, step: int, sums: LayerSums) -> None:
         """Before `on_step` of every tenth step: what the configurators did, over all ranks."""
 
@@ -52,6 +55,9 @@ class ProgressBar(Hook):
 
     def on_step(self, metrics: Metrics) -> None:
         self._bar.set_postfix(_shown(metrics), refresh=False)
+        self._bar.update()
+
+    def on_skip(self, step: int, reason: str) -> None:
         self._bar.update()
 
     def on_evaluation(self, step: int, result: Metrics) -> None:

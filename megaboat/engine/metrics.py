@@ -57,6 +57,11 @@ class GlobalSums:
         order = np.argsort(self.windows.number_N)
         return [int(crc) for crc in self.windows.crc_N[order]]
 
+    @property
+    def loss(self) -> float:
+        """Nats a target token."""
+        return self.nll / max(1.0, self.targets)
+
 
 class StepSums:
     """Sums over the micro-batches of this rank, kept on the device: one gather a step brings them to the host."""
@@ -147,7 +152,7 @@ def step_metrics(
     useful = 3 * _forward_flops(config, sums)
     return {
         "step": step,
-        "loss": sums.nll / max(1.0, sums.targets),
+        "loss": sums.loss,
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens": consumed_tokens,

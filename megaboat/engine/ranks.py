@@ -3,7 +3,7 @@
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -107,6 +107,19 @@ class Ranks:
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def on_first(self, action: Callable[[], T]) -> T | None:
+        """What `action` returns on rank 0, None on the others; where it raises, all ranks raise."""
+        result, failure = None, None
+        if self.is_first:
+            try:
+                result = action()
+            except Exception as error:
+                failure = error
+        failure = self.gather_objects(failure)[0]
+        if failure is not None:
+            raise failure
+        return result
 
     def broadcast(self, values: Tensor) -> None:
         """Rank 0's values to all ranks, in place."""
@@ -230,6 +243,14 @@ def this_process() -> Ranks:
     device = torch.device("cuda", gpu_of(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), visible))
     torch.cuda.set_device(device)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+def be_deterministic() -> None:
+    """Only kernels that give the same bits each time, in torch and, as ours ask torch, in our own; an operation that
+    has none raises RuntimeError when it is met."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def gpu_of(local_rank: int, local_size: int, visible: int) -> int:

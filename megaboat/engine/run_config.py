@@ -30,6 +30,8 @@ class TrainConfig(Section):
     """bf16: parameters, EMA and configurator stay in fp32, matrix products and activations are bf16."""
     seed: int = 0
     """Of the initial weights and of dropout."""
+    deterministic: bool = False
+    """The same bits again from the same command on the same machine and ranks; slower, since only such kernels run."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass, with the decisions of the forward pass."""
     eval_every: int = pydantic.Field(200, ge=0)
@@ -42,8 +44,22 @@ class TrainConfig(Section):
     """Checkpoints that stay on disk."""
     tensorboard: bool = True
     """Write the curves and pictures to `tensorboard/` in the run folder."""
+    bad_steps: int = pydantic.Field(3, gt=0)
+    """Steps in a row whose loss or gradient is not finite (each is left out, and named in the ledger) after which the
+    run goes back to its last checkpoint."""
+    spike: float = pydantic.Field(0.0, ge=0)
+    """A gradient of more than this many times the median norm of the last 128 steps is left out too; 0: never."""
+    profile: str | None = pydantic.Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$")
+    """START:STOP: these steps of rank 0 under torch's profiler, as a trace in `profile/`."""
     hang_seconds: float = pydantic.Field(900.0, ge=0)
     """A rank that makes no progress for so long ends the run, with the stacks of all ranks in `hang/`; 0: never."""
+
+    @pydantic.field_validator("profile")
+    @classmethod
+    def _window_is_not_empty(cls, window: str | None) -> str | None:
+        if window is not None and int(window.partition(":")[0]) > int(window.partition(":")[2]):
+            raise ValueError("START:STOP, with START not after STOP")
+        return window
 
 
 class ParallelConfig(Section):

@@ -1,7 +1,6 @@
 """The training loop."""
 
 import itertools
-import math
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,12 @@ from megaboat.data.dataset import Dataset
 from megaboat.data.ledger import Ledger, step_crc
 from megaboat.data.loader import Loader
 from megaboat.engine.balance import Balance
-from megaboat.engine.checkpoint import CheckpointWriter
+from megaboat.engine.checkpoint import CheckpointWriter, NotSaved, agreed_checkpoint
 from megaboat.engine.deepspeed import Engine
 from megaboat.engine.evaluate import documents, evaluate
+from megaboat.engine.explain import explained
 from megaboat.engine.fence import Fence
+from megaboat.engine.guard import Guard, name_windows, restore, write_report
 from megaboat.engine.hooks import Hook, last_evaluation
 from megaboat.engine.metrics import GlobalSums, StepSums, step_metrics
 from megaboat.engine.optim import learning_rate
@@ -50,12 +51,13 @@ class Trainer:
         fence: Fence | None,
         watchdog: Watchdog,
         hooks: Sequence[Hook],
+        guard: Guard,
         step: int,
         balance: Balance | None = None,
     ) -> None:
         self.config, self.ranks, self.dataset = config, ranks, dataset
         self.engine, self.loader, self.ledger, self.hooks = engine, loader, ledger, hooks
-        self.step, self.balance = step, balance
+        self.step, self.guard, self.balance = step, guard, balance
         self.fence, self.watchdog = fence, watchdog
         self.timer = ComputeTimer(ranks.device)
         self.stragglers = Stragglers(ranks.gather_objects(socket.gethostname()))
@@ -73,7 +75,8 @@ class Trainer:
         for hook in self.hooks:
             hook.on_start(self.step, self.config.train.steps)
         try:
-            with self.watchdog, nullcontext(stop) if stop else StopRequest() as stop:
+            explain = explained(self.config, self.ranks, self.engine.parameters, self.watchdog)
+            with explain, self.watchdog, nullcontext(stop) if stop else StopRequest() as stop:
                 outcome = self._loop(stop)
                 self.writer.wait()
                 return outcome
@@ -87,12 +90,18 @@ class Trainer:
         received = self.evaluate(train.eval_tokens, stop) if self._lacks_evaluation() else None
         while self.step < train.steps and not received:
             received = self.train_step(stop)
-            if received or _due(self.step, train.save_every):
-                self.save()
+            if self.guard.must_return(self.step):
+                self._go_back()
+                continue
+            if _due(self.step, train.save_every):
+                self.try_to_save()
             if not received and self.step < train.steps and _due(self.step, train.eval_every):
                 received = self.evaluate(train.eval_tokens, stop)
-        self.save()
-        received = received or self.evaluate(None, stop)
+        if received:
+            self.try_to_save(settle=True)
+        else:
+            self.try_to_save()  # `fit` waits for it, and raises what befalls it
+            received = self.evaluate(None, stop)
         return ("requeue", f"stopped by {received}") if received else ("done", f"{self.step} steps")
 
     def _lacks_evaluation(self) -> bool:
@@ -117,20 +126,18 @@ class Trainer:
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         self.watchdog.beat("gather")
         everyone = sums.gather(self.ranks, self.timer.take(), work.read(), stop.received, ahead)
-        if not math.isfinite(everyone.nll):
-            raise Diverged(
-                f"step {self.step + 1}: the loss is {everyone.nll}; windows {self.loader.consumed_windows} and before "
-                f"are suspect; the last checkpoint is of step {self._saved}; try a lower optim.lr"
-            )
-        grad_norm = self.engine.step(lr)
-        if not 0 <= grad_norm < math.inf:  # DeepSpeed says -1, inf or nan, by stage
-            raise Diverged(
-                f"step {self.step + 1}: the gradient's norm is {grad_norm}; the last checkpoint is of step "
-                f"{self._saved}; try a lower optim.lr"
-            )
+        grad_norm = self.engine.gradient_norm()
         self.step += 1
+        skipped = self.guard.judge(self.step, first, everyone.loss, grad_norm)
+        if skipped:
+            self.engine.skip()
+        else:
+            self.engine.step(lr)
         self.watchdog.beat("record")
-        self._record(everyone, lr, grad_norm, time.perf_counter() - started, waited)
+        self._note(everyone, first, skipped)
+        figures = self._balance_step(everyone, first, time.perf_counter() - started) if self.balance else {}
+        if not skipped:
+            self._report(everyone, lr, grad_norm, time.perf_counter() - started, waited, figures)
         return everyone.signal
 
     def _forward_backward(self, batch: Batch, work: Stopwatch) -> StepSums:
@@ -188,8 +195,21 @@ class Trainer:
             hook.on_evaluation(self.step, {"step": self.step, **result})
         return None
 
+    def try_to_save(self, settle: bool = False) -> None:
+        """`save`, where the disk lets us; else say so and go on: the one before is whole. In a row of bad steps none is
+        written: the weights may be what is bad. `settle` waits until nothing is being written."""
+        actions = [self.save, self.save] if self.guard.streak == 0 else []  # the first may raise what befell the last
+        for action in [*actions, self.writer.wait] if settle else actions:
+            try:
+                action()
+            except NotSaved as error:
+                get_logger().warning("training goes on without a checkpoint: %s", error)
+
     def save(self) -> None:
-        """Begin to write a checkpoint of the present step, unless there is one; it is committed beside the training."""
+        """Begin to write a checkpoint of the present step, unless there is one; it is committed beside the training.
+
+        Raises NotSaved where the disk refused the one before.
+        """
         if self._saved == self.step:
             return
         started = time.perf_counter()
@@ -203,6 +223,7 @@ class Trainer:
             "tokenizer": tokenizer | {"start_id": self.dataset.start_id},
             "vocab_size": self.dataset.vocab_size,
             "balance": self.balance.state() if self.balance else None,
+            "guard": self.guard.state(),
         }
         self.writer.save(
             self.watchdog.over(self._named_model(), "save"),
@@ -216,13 +237,28 @@ class Trainer:
         yield from self.engine.weights()
         yield from self.engine.module.named_buffers()
 
-    def _record(self, everyone: GlobalSums, lr: float, grad_norm: float, seconds: float, waited: float) -> None:
+    def _note(self, everyone: GlobalSums, first_window: int, skipped: str | None) -> None:
+        """The step in the ledger, and for all to see if it changed no weights."""
         self._last_crc = step_crc(everyone.crcs)
         if self.fence is not None:
             self.fence.check()
         if self.ledger is not None:
-            first = self.loader.consumed_windows - self.config.train.global_batch
-            self.ledger.append(self.step, first, self._last_crc)
+            self.ledger.append(self.step, first_window, self._last_crc, skipped)
+        if skipped and self.ranks.is_first:
+            where = name_windows(self.loader, first_window)
+            get_logger().warning("step %d left out: %s; %s", self.step, skipped, where)
+            for hook in self.hooks:
+                hook.on_skip(self.step, skipped)
+
+    def _report(
+        self,
+        everyone: GlobalSums,
+        lr: float,
+        grad_norm: float,
+        seconds: float,
+        waited: float,
+        figures: dict[str, Any],
+    ) -> None:
         tokens = self.loader.consumed_windows * self.config.data.seq_len
         if self.ranks.is_first:
             self.stragglers.add(everyone.seconds_R, everyone.flops_R)
@@ -230,15 +266,14 @@ class Trainer:
         metrics = step_metrics(
             self.config, everyone, self.step, tokens, lr, grad_norm, seconds, waited, self.ranks, slowness
         )
-        if self.balance:
-            metrics |= self._balance_step(everyone, seconds)
+        metrics |= figures
+        metrics["skipped"] = self.step - self.guard.updates
         for hook in self.hooks:
             hook.on_step(metrics)
 
-    def _balance_step(self, everyone: GlobalSums, seconds: float) -> dict[str, Any]:
+    def _balance_step(self, everyone: GlobalSums, first: int, seconds: float) -> dict[str, Any]:
         """Plan what comes next from what was measured. Figures for the step's metrics."""
         assert self.balance is not None
-        first = self.loader.consumed_windows - self.config.train.global_batch
         figures, sums, said = self.balance.end(self.step, first, everyone)
         trace = self.balance.trace(self.step, everyone, seconds)
         for hook in self.hooks:
@@ -249,6 +284,24 @@ class Trainer:
         for sentence in said if self.ranks.is_first else []:
             get_logger().warning("%s", sentence)
         return figures
+
+    def _go_back(self) -> None:
+        """To the last checkpoint, for another try without the steps that were bad. Raises Diverged if it had one."""
+        out = self.config.train.out
+        self.try_to_save(settle=True)
+        checkpoint = agreed_checkpoint(out / "checkpoints", self.ranks)
+        why = f"step {self.step}: {self.guard.recent[-1].reason}, and so in {self.guard.streak} steps in a row"
+        if checkpoint is None or not self.guard.may_return_to(checkpoint.state["step"]):
+            tried = f"again after going back to {checkpoint.folder}" if checkpoint else "before the first checkpoint"
+            report = out / "report" / "diverged.txt"
+            if self.ranks.is_first:
+                write_report(report, self.config, self.guard, self.loader, f"{why}, {tried}")
+            raise Diverged(f"{why}, {tried}; {report} has the figures, the windows and what to try")
+        get_logger().warning("%s: going back to %s", why, checkpoint.folder)
+        self.step = self._saved = restore(checkpoint, self.engine, self.loader, self.guard, self.balance)
+        for hook in self.hooks:
+            hook.on_end()
+            hook.on_start(self.step, self.config.train.steps)
 
 
 def _due(step: int, every: int) -> bool:

@@ -2,7 +2,8 @@
 
 Every rank counts the same moments of its loop (`beat`). When one sleeps, the others soon wait for it in a collective,
 some moments further on: the rank with the lowest count is the one. Each rank writes its count and stacks to a file of
-its own, since a stuck job cannot communicate.
+its own, since a stuck job cannot communicate. A rank that loses contact to another one does so at once, and the others
+follow when they see its file: what gives no report then is the dead one.
 """
 
 import collections
@@ -15,15 +16,17 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from megaboat.engine.ranks import Ranks
 from megaboat.log import get_logger
 
 EXIT_CODE = 5
 REPORT_SECONDS = 10.0  # ranks beat at slightly different times: until all have written their file
+LOOK_SECONDS = 3.0  # between looks for reports of other ranks
 
 T = TypeVar("T")
 
@@ -36,6 +39,10 @@ class Watchdog:
         self._report_seconds = report_seconds
         self._count, self._place, self._time = 0, "start", time.monotonic()
         self._main = threading.get_ident()
+        self._attempt = ""
+        self._ending = threading.Lock()
+        for stale in self._folder.glob("rank-*.json") if ranks.is_first else [_report_path(self._folder, ranks.rank)]:
+            stale.unlink(missing_ok=True)
 
     def __enter__(self) -> "Watchdog":
         self._over = threading.Event()
@@ -43,6 +50,11 @@ class Watchdog:
         if self._seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
+
+    def name_attempt(self) -> None:
+        """Once the ranks are connected: agree on a name for this attempt. Reports of earlier ones may lie in the
+        folder, and their times tell nothing: clocks jump, and differ."""
+        self._attempt = self._ranks.gather_objects(uuid.uuid4().hex)[0]
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
@@ -59,15 +71,25 @@ class Watchdog:
 
     def _watch(self) -> None:
         over = self._over  # of this context; the next one has its own
+        look = 0.0
         while not over.wait(min(1.0, self._seconds / 10)):
             if time.monotonic() - self._time > self._seconds:
-                self._end()
+                self._end(f"no progress for {self._seconds:g} s")
+            if self._attempt and time.monotonic() > look:
+                look = time.monotonic() + LOOK_SECONDS
+                if read_reports(self._folder, self._attempt):
+                    self._end("another rank has given up")
 
-    def _end(self) -> None:
+    def lost(self, error: Exception) -> NoReturn:
+        """Contact to another rank is lost: end this process as if it had waited in vain, but now."""
+        self._end(f"lost contact to another rank ({str(error).splitlines()[0]})")
+
+    def _end(self, why: str) -> NoReturn:
         """Write what this rank does, wait for the others' files, name the rank, end the process."""
+        self._ending.acquire()  # for good: the thread or the main one, not both
         self._folder.mkdir(parents=True, exist_ok=True)
-        since = time.time()
         report = {
+            "attempt": self._attempt,
             "rank": self._ranks.rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -79,13 +101,13 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
         _report_path(self._folder, self._ranks.rank).write_text(json.dumps(report))
         time.sleep(self._report_seconds)
-        reports = read_reports(self._folder, since - self._report_seconds - 5)
+        reports = read_reports(self._folder, self._attempt)
         if reports and min(reports) == self._ranks.rank:
-            message = f"no progress for {self._seconds:g} s: {verdict(reports, self._ranks.size)}"
+            message = f"{why}: {verdict(reports, self._ranks.size)}"
             get_logger().error("%s; stacks of all ranks are in %s", message, self._folder)
             for handler in get_logger().handlers:
                 handler.flush()
-        os._exit(EXIT_CODE)  # the main thread hangs: nothing gentler ends it
+        os._exit(EXIT_CODE)  # the main thread hangs, or would in the next collective: nothing gentler ends it
 
     def _innermost(self) -> str:
         frame = sys._current_frames().get(self._main)
@@ -95,13 +117,13 @@ class Watchdog:
         return f"{last.filename}:{last.lineno} in {last.name}"
 
 
-def read_reports(folder: Path, since: float) -> dict[int, dict[str, Any]]:
-    """The reports by rank that were written after `since`; a rank that cannot run Python has none."""
+def read_reports(folder: Path, attempt: str) -> dict[int, dict[str, Any]]:
+    """The reports of an attempt by rank; a rank that cannot run Python has none."""
     reports = {}
     for path in folder.glob("rank-*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            if path.stat().st_mtime >= since:
-                report = json.loads(path.read_text())
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            report = json.loads(path.read_text())
+            if report["attempt"] == attempt:
                 reports[report["rank"]] = report
     return reports
 

@@ -7,6 +7,7 @@ A run folder that holds a checkpoint is resumed. SIGTERM, SIGUSR1, SIGUSR2 or Ct
 """
 
 import argparse
+import errno
 import os
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from megaboat.engine.fence import InUse, Superseded
 from megaboat.engine.ranks import Ranks, attempt_name, this_process
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import StopRequest, write_outcome
-from megaboat.errors import MegaboatError
+from megaboat.errors import BadInput, MegaboatError
 from megaboat.log import get_logger, setup_logging
 from megaboat.tools.report_data import read_run
 from megaboat.tools.report_figures import all_figures
+
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +48,13 @@ def _train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     try:
         trainer = open_run(config, ranks, pictures=lambda: all_figures(read_run(out)))
         outcome, reason = trainer.fit(stop)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise BadInput(
+            f"{error.filename or out}: {error.strerror}; what was written whole is whole: make room or mend the disk, "
+            "and the same command goes on"
+        ) from None
     except (InUse, Superseded):
         raise  # the folder, and so the outcome, is another run's
     except MegaboatError as error:

@@ -133,7 +133,8 @@ def train(ranks: Ranks, config: RunConfig, steps: int = STEPS) -> Trace:
                 engine.next_micro_batch()
         if step == 0:
             gradients = {name: gradient.clone() for name, gradient in engine.gradients()}
-        norms.append(engine.step(lr=RATE))
+        norms.append(engine.gradient_norm())
+        engine.step(lr=RATE)
         losses.append(float(ranks.sum(total)) / (ROWS * LENGTH))
     weights = {name: tensor.clone() for name, tensor in engine.weights()}
     moments = {name: tensor.clone() for name, tensor in engine.moments()}
