@@ -76,20 +76,29 @@ def meeting_port() -> int:
         return port
 
 
-def start_commands(size: int, folder: Path, *arguments: str) -> list[ForkServerProcess]:
-    """`megaboat ARGUMENTS` as `size` ranks that the caller may kill; what they print goes to `folder/rank-N.log`."""
+def start_commands(
+    size: int, folder: Path, *arguments: str, before: tuple[Callable[..., Any], Any] | None = None
+) -> list[ForkServerProcess]:
+    """`megaboat ARGUMENTS` as `size` ranks that the caller may kill; what they print goes to `folder/rank-N.log`.
+
+    `before` is a function and its argument: what a rank calls before it runs the command.
+    """
     port = meeting_port()
     places = [(rank, size, port, str(folder / "extensions")) for rank in range(size)]
-    processes = [_CONTEXT.Process(target=_command, args=(place, folder, arguments)) for place in places]
+    processes = [_CONTEXT.Process(target=_command, args=(place, folder, arguments, before)) for place in places]
     for process in processes:
         process.start()
     return processes
 
 
-def _command(place: tuple[int, int, int, str], folder: Path, arguments: tuple[str, ...]) -> None:
+def _command(
+    place: tuple[int, int, int, str], folder: Path, arguments: tuple[str, ...], before: tuple[Callable, Any] | None
+) -> None:
     _take_place(*place)
     from megaboat.cli import main
 
+    if before is not None:
+        before[0](before[1])
     with (folder / f"rank-{place[0]}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         code = main(arguments)
     raise SystemExit(code)
