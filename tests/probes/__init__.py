@@ -1,0 +1,1 @@
+"""What a demanding user checks in the first hour."""
