@@ -114,10 +114,10 @@ class Soak:
             for process in processes:
                 resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             return
-        refused = self.said().count("no checkpoint of step")
+        refused = self.said().count("was not written")
         space = os.statvfs(self.disk)
         (self.disk / "ballast").write_bytes(bytes(max(0, space.f_bavail * space.f_frsize - 30_000)))
-        self.wait(lambda: self.said().count("no checkpoint of step") > refused, processes)
+        self.wait(lambda: self.said().count("was not written") > refused, processes)
         (self.disk / "ballast").unlink()
         for process in processes:
             process.kill()
