@@ -170,13 +170,12 @@ class Balance:
         """After the gather of a step: plan, move thresholds. Figures for metrics.jsonl, what the layers did if it was
         looked at closely, and sentences for the log."""
         started = time.thread_time()
-        layers, modules = self.shape.layers, self.shape.modules
         sums = None
         if self._sums is not None:
             total = self.ranks.sum(self._sums)
             if self.ranks.tensor > 1:  # margins of a copy's ranks may differ in their last bits
                 self.ranks.broadcast(total)
-            sums = read_sums(total.cpu().numpy(), layers, modules)
+            sums = read_sums(total.cpu().numpy(), self.control.thresholds().cpu().numpy())
             self._sums = None
         windows = everyone.windows
         in_order = np.argsort(windows.number_N)

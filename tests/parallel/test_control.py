@@ -34,7 +34,8 @@ class Layers(nn.Module):
         h_XD = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
         control.begin(BORDERS)
         routings = [layer(h_XD) for layer in self.layers]
-        return read_sums(sum_layers(routings, control.thresholds(), BORDERS, 8).numpy(), 2, 1)
+        thresholds = control.thresholds()
+        return read_sums(sum_layers(routings, thresholds, BORDERS, 8).numpy(), thresholds.numpy())
 
 
 def ratios(model: Layers, control: Control, steps: int, late: int = 0) -> np.ndarray:

@@ -67,7 +67,7 @@ def test_spans_by_loops() -> None:
 
 
 def test_figures_against_brute_force() -> None:
-    sums = read_sums(sums_of(1, 2), LAYERS, MODULES)
+    sums = read_sums(sums_of(1, 2), np.zeros((LAYERS, MODULES)))
     assert sums.tokens == 2 * TOKENS
     figures = sums.figures()
     both = [[getattr(r, name) for r in (routings(1)[layer], routings(2)[layer])] for layer in range(LAYERS)
@@ -98,5 +98,5 @@ def test_near_and_turned_away() -> None:
     routing = Routing(active_XM, active_XM * 0.7, margin_XM, torch.ones(1))
     borders = torch.tensor([0, 4], dtype=torch.int32)
     vector: Tensor = sum_layers([routing], torch.zeros(1, 1), borders, WINDOW)
-    sums = read_sums(vector.numpy(), 1, 1)
+    sums = read_sums(vector.numpy(), np.zeros((1, 1)))
     assert (sums.near_LM.item(), sums.dropped_LM.item(), sums.active_LM.item()) == (2, 1, 2)

@@ -22,6 +22,7 @@ class LayerSums(NamedTuple):
     """Sums over tokens, each (L, M); counts are whole numbers, so that their sum over ranks has no order."""
 
     margins_LMK: np.ndarray
+    """Counts of margins less their threshold: finest where the decision is."""
     active_LM: np.ndarray
     near_LM: np.ndarray
     """Margins within 1e-3 of the threshold: decisions that another rounding would flip."""
@@ -33,6 +34,8 @@ class LayerSums(NamedTuple):
     """Of active tokens."""
     entropy_LM: np.ndarray
     """Of the tempered decision, in bits."""
+    threshold_LM: np.ndarray
+    """What the margins were counted against."""
 
     @property
     def tokens(self) -> int:
@@ -76,14 +79,17 @@ def sum_layers(routings: list[Routing], threshold_LM: Tensor, cu_seqlens: Tensor
         confidence_LXM.sum(1),
         entropy_LXM.sum(1),
     ]
-    return torch.cat([count_margins(margin_LXM).flatten().double(), *(x.double().flatten() for x in sums)])
+    return torch.cat([count_margins(over_LXM).flatten().double(), *(x.double().flatten() for x in sums)])
 
 
-def read_sums(vector: np.ndarray, layers: int, modules: int) -> LayerSums:
-    """The sums of `sum_layers`' vectors, added."""
+def read_sums(vector: np.ndarray, threshold_LM: np.ndarray) -> LayerSums:
+    """The sums of `sum_layers`' vectors, added; all were made with these thresholds."""
+    layers, modules = threshold_LM.shape
     size = layers * modules
     margins, figures = vector[: size * BINS], vector[size * BINS :].reshape(FIGURES, layers, modules)
-    return LayerSums(margins.reshape(layers, modules, BINS).astype(np.int64), *figures)
+    counts = margins.reshape(layers, modules, BINS).astype(np.int64)
+    active, near, dropped, span, confidence, entropy = figures
+    return LayerSums(counts, active, near, dropped, span, confidence, entropy, threshold_LM)
 
 
 def spans(active_LXM: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
