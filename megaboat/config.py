@@ -5,6 +5,7 @@ them. Precedence: defaults < YAML file < command line.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -65,9 +66,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe, and without YAML 1.1's numbers to base 60: `train.profile=3:5` is no 185."""
+
+
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$",
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|"
+        r"[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, re.compile(NUMBERS[tag]) if tag in NUMBERS else pattern) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _parse(text: str) -> Any:
     """YAML as plain values. Raises ValueError where aliases unfold to more than a config can hold, or to themselves."""
-    tree = yaml.safe_load(text)
+    tree = _Loader(text).get_single_data()
     unseen, count = [tree], 0
     while unseen:
         value = unseen.pop()

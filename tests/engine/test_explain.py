@@ -1,18 +1,19 @@
 """Out of memory, a full disk, a dead rank: what the run says, and that it goes on."""
 
 import errno
+import itertools
 import os
 import re
 import resource
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaboat.engine.build import open_run
 from megaboat.engine.explain import activation_bytes, advice, static_bytes
@@ -21,6 +22,7 @@ from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
+from megaboat.model.seqboat import SeqBoat
 from tests.distributed import run_on_ranks, start_commands
 from tests.engine.conftest import tiny_config, tiny_tree
 from tests.engine.runs import losses, train_on_rank, write_config
@@ -36,18 +38,47 @@ def undisturbed(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
+def at_step_8(action: Callable[[], None]) -> None:
+    """In this process, do something in the forward pass of step 8: the fifteenth, of two micro-batches a step."""
+    count = itertools.count(1)
+
+    def hook(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, SeqBoat) and module.training and next(count) == 15:
+            action()
+
+    torch.nn.modules.module.register_module_forward_pre_hook(hook)
+
+
+def no_large_files(size: int) -> None:
+    """From step 8 on the system refuses to write past `size` bytes of a file."""
+    at_step_8(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
+
+
+def no_longer_file(path: Path) -> None:
+    """From step 8 on the system refuses to let any file grow much beyond what this one has by then."""
+    at_step_8(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, resource.RLIM_INFINITY)))
+
+
+def no_more_memory(spare: int) -> None:
+    """From step 8 on this process may not map more than `spare` bytes beyond what it has."""
+
+    def limit() -> None:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + spare, resource.RLIM_INFINITY))
+
+    at_step_8(limit)
+
+
 def test_a_file_that_may_not_grow(undisturbed: Path, dataset_folder: Path, tmp_path: Path) -> None:
-    """RLIMIT_FSIZE refuses the weights from step 7 on: saves fail, training does not, and the last save says so."""
+    """RLIMIT_FSIZE refuses the weights from step 8 on: saves fail, training does not, and the last save says so."""
     out = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", tiny_tree(dataset_folder, out))
-    (command,) = start_commands(1, tmp_path, "train", str(config))
-    wait_for_step(out, 7)
-    resource.prlimit(command.pid or 0, resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+    (command,) = start_commands(1, tmp_path, "train", str(config), before=(no_large_files, 40_000))
     messages = ended(command, tmp_path, 2)
     assert "step-10 was not written: " in messages, "and the run went on"
     last = messages.strip().splitlines()[-1]
     assert last.startswith("megaboat train: ")
-    assert "step-20: not written: " in last
+    assert "step-20.tmp: not written: " in last
     assert os.strerror(errno.EFBIG) in last
     assert "GB are free there, the checkpoints before are whole: make room" in last
     assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-5"]
@@ -106,10 +137,7 @@ def test_a_full_disk_that_is_emptied(small_disk: Path, undisturbed: Path, datase
 def test_a_full_disk_that_refuses_even_the_metrics(dataset_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", tiny_tree(dataset_folder, out))
-    (command,) = start_commands(1, tmp_path, "train", str(config))
-    wait_for_step(out, 6)
-    written = (out / "metrics.jsonl").stat().st_size
-    resource.prlimit(command.pid or 0, resource.RLIMIT_FSIZE, (written + 300, resource.RLIM_INFINITY))
+    (command,) = start_commands(1, tmp_path, "train", str(config), before=(no_longer_file, out / "metrics.jsonl"))
     messages = ended(command, tmp_path, 2)
     said = [line for line in messages.splitlines() if line.startswith("megaboat train: ")]
     assert len(said) == 1
@@ -121,24 +149,14 @@ def test_a_full_disk_that_refuses_even_the_metrics(dataset_folder: Path, tmp_pat
 def test_out_of_memory_names_three_knobs(dataset_folder: Path, tmp_path: Path) -> None:
     """A real limit on the address space, a little above what the process has when it begins to train."""
     out = tmp_path / "run"
-    changes = {"train__micro_batch": 32, "train__global_batch": 32, "data__seq_len": 256, "model__width": 128}
+    changes = {"train__micro_batch": 32, "train__global_batch": 64, "data__seq_len": 256, "model__width": 128}
     config = write_config(tmp_path / "run.yaml", tiny_tree(dataset_folder, out, **changes))
-    (command,) = start_commands(1, tmp_path, "train", str(config))
-    wait_for_file(out / "metrics.jsonl")
-    size = int(Path(f"/proc/{command.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(command.pid or 0, resource.RLIMIT_AS, (size + (16 << 20), resource.RLIM_INFINITY))
+    (command,) = start_commands(1, tmp_path, "train", str(config), before=(no_more_memory, 16 << 20))
     messages = ended(command, tmp_path, 2)
     last = messages.strip().splitlines()[-1]
     assert last.startswith("megaboat train: rank 0: out of memory; train.micro_batch=16 saves about ")
     assert re.search(r"train.checkpoint_activations=true saves about [\d.]+ [GM]B", last)
     assert re.search(r"parallel.zero=1 on 2 processes saves [\d.]+ MB of [\d.]+ MB for weights and optimizer", last)
-
-
-def wait_for_file(path: Path) -> None:
-    deadline = time.monotonic() + 90
-    while not path.exists():
-        assert time.monotonic() < deadline, f"no {path}"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("block", ["paper", "scaled"])
