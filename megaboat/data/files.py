@@ -34,8 +34,10 @@ def read_json(path: Path, limit: int = 1 << 28) -> Any:
         if path.stat().st_size > limit:
             raise DamagedData(f"{path}: {path.stat().st_size:,} bytes; such a file has at most {limit:,}")
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise DamagedData(f"{path}: cannot be read: {error}") from None
+    except ValueError as error:
+        raise DamagedData(f"{path}: not JSON: {error}") from None
     except RecursionError:
         raise DamagedData(f"{path}: cannot be read: nested too deeply") from None
 

@@ -104,7 +104,7 @@ class StepSums:
         copies = slice(None, None, ranks.tensor)  # the ranks of a copy counted the same
         shares = slice(None, None, ranks.tensor * ranks.sequence)  # and those of a row read the same windows
         work = work_RN[copies].reshape(ranks.data_size, ranks.sequence, *work_RN.shape[1:]).sum(1)
-        work = work.reshape(-1, 2, *self._shape())
+        work = work.reshape(work.shape[0] * work.shape[1], 2, *self._shape())  # no -1: a dense model has no layers here
         numbers_N, crcs_N = table_RNC[shares, :, :2].reshape(-1, 2).astype(np.int64).T
         signals = heads_RC[:, 3].astype(int).tolist()
         return GlobalSums(

@@ -74,8 +74,8 @@ def write_dataset(folder: Path) -> int:
         "dtype": "<u2",
         "vocab_size": 32_000,
         "eos_id": 2,
-        "tokenizer": {"file": None, "name": "bytes"},
-        "preprocess": {"options": {}},
+        "tokenizer": {"file": None, "name": "bytes", "sha256": "", "content_id": ""},
+        "preprocess": {"options": {}, "sha256": ""},
         "splits": {"train": {"zeros": entry}},
     }
     write_json(folder / "index.json", index)

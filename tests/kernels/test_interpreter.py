@@ -11,23 +11,12 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["test_ema_triton.py", "test_gather_triton.py", "test_loss_triton.py", "test_fused_triton.py"]
-)
+@pytest.mark.parametrize("name", ["ema", "gather", "loss", "fused"])
 def test_triton_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
+    path = HERE / f"test_{name}_triton.py"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-rN",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not gpu",
-            str(HERE / f"test_{name}_triton.py"),
-        ],
+        [sys.executable, "-m", "pytest", "-rN", "-p", "no:cacheprovider", "-m", "not gpu", str(path)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
