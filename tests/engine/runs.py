@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,18 @@ def finish(command: "subprocess.Popen[str]", code: int = 0) -> str:
     return messages
 
 
-def wait_for_step(out: Path, step: int, command: "subprocess.Popen[str]") -> None:
+def wait_for_step(out: Path, step: int, command: "subprocess.Popen[str] | BaseProcess") -> None:
     """Until the run in `out` has written so many steps."""
     path = out / "metrics.jsonl"
     wait_until(lambda: path.is_file() and path.read_text().count("\n") >= step, command)
 
 
-def wait_until(happened: Callable[[], bool], command: "subprocess.Popen[str]") -> None:
+def wait_until(happened: Callable[[], bool], command: "subprocess.Popen[str] | BaseProcess") -> None:
     """While the command runs."""
     deadline = time.monotonic() + 600
     while not happened():
-        assert command.poll() is None, "the run ended before"
+        code = command.exitcode if isinstance(command, BaseProcess) else command.poll()
+        assert code is None, "the run ended before"
         assert time.monotonic() < deadline, "not in ten minutes"
         time.sleep(0.01)
 

@@ -25,8 +25,7 @@ from megaboat.model.build import build_model
 from megaboat.model.seqboat import SeqBoat
 from tests.distributed import run_on_ranks, start_commands
 from tests.engine.conftest import tiny_config, tiny_tree
-from tests.engine.runs import losses, train_on_rank, write_config
-from tests.engine.test_runs import wait_for_step
+from tests.engine.runs import losses, train_on_rank, wait_for_step, write_config
 
 DEAD_RANK_SECONDS = 120.0  # the rank is named within 15 s; a busy machine may take longer to end
 
@@ -203,7 +202,7 @@ def test_kill_9_of_one_of_four_ranks(undisturbed: Path, dataset_folder: Path, tm
     tree = tiny_tree(dataset_folder, out, train__micro_batch=1)
     config = write_config(tmp_path / "run.yaml", tree)
     ranks = start_commands(4, tmp_path, "train", str(config))
-    wait_for_step(out, 7)
+    wait_for_step(out, 7, ranks[0])
     ranks[2].kill()
     for rank in (0, 1, 3):
         ended(ranks[rank], tmp_path, 5, rank)
