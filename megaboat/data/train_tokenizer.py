@@ -70,16 +70,20 @@ def sample_lines(inputs: list[Path], max_lines: int, text_key: str = "text", pro
     and frequent lines stay as frequent as they are.
     """
     largest: list[tuple[int, str]] = []  # a heap on the negated hash: its top is the first to be displaced
-    for text in tqdm(_texts(inputs, text_key), desc="reading", unit=" documents", disable=not progress):
-        seed = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        for number, piece in enumerate(_pieces(text)):
-            digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8, key=seed).digest()
-            item = (-int.from_bytes(digest, "little"), piece)
-            if len(largest) < max_lines:
-                heapq.heappush(largest, item)
-            elif item > largest[0]:
-                heapq.heapreplace(largest, item)
+    texts = tqdm(_texts(inputs, text_key), desc="reading", unit=" documents", disable=not progress)
+    for key, piece in (keyed for text in texts for keyed in _keyed_pieces(text)):
+        if len(largest) < max_lines:
+            heapq.heappush(largest, (-key, piece))
+        elif (-key, piece) > largest[0]:
+            heapq.heapreplace(largest, (-key, piece))
     return [piece for _, piece in sorted(largest, reverse=True)]
+
+
+def _keyed_pieces(text: str) -> Iterator[tuple[int, str]]:
+    seed = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    for number, piece in enumerate(_pieces(text)):
+        digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8, key=seed).digest()
+        yield int.from_bytes(digest, "little"), piece
 
 
 def _texts(inputs: list[Path], text_key: str) -> Iterator[str]:

@@ -95,17 +95,13 @@ class Fence:
 
 def take_fence(folder: Path, ranks: Ranks) -> Fence | None:
     """Rank 0's fence, acquired; where it is refused, all ranks raise the same error."""
-    fence, failure = None, None
-    if ranks.is_first:
-        try:
-            fence = Fence(folder)
-            fence.acquire()
-        except Exception as error:
-            failure = error
-    failure = ranks.gather_objects(failure)[0]
-    if failure is not None:
-        raise failure
-    return fence
+
+    def acquired() -> Fence:
+        fence = Fence(folder)
+        fence.acquire()
+        return fence
+
+    return ranks.on_first(acquired)
 
 
 def _identity(attempt: str) -> dict[str, Any]:

@@ -72,6 +72,14 @@ def phases(positions, frequency, o_r, o_p, R, PAIRS: tl.constexpr):  # type: ign
 
 
 @triton.jit
+def load_pairs(z, o_row, o_p, m_rp, PAIRS: tl.constexpr):  # type: ignore[no-untyped-def]
+    o_z = o_row[:, None] * (2 * PAIRS) + 2 * o_p[None, :]
+    b_even = tl.load(z + o_z, mask=m_rp, other=0.0).to(tl.float32)
+    b_odd = tl.load(z + o_z + 1, mask=m_rp, other=0.0).to(tl.float32)
+    return o_z, b_even, b_odd
+
+
+@triton.jit
 def rotary_fwd_kernel(  # type: ignore[no-untyped-def]
     z, scale, bias, positions, frequency, out, R, G, PAIRS: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr
 ):
@@ -81,9 +89,7 @@ def rotary_fwd_kernel(  # type: ignore[no-untyped-def]
     m_rp = (o_r < R)[:, None] & m_p[None, :]
     o_row = o_r.to(tl.int64)
     b_cos, b_sin = phases(positions, frequency, o_r, o_p, R, PAIRS)
-    o_z = o_row[:, None] * (2 * PAIRS) + 2 * o_p[None, :]
-    b_even = tl.load(z + o_z, mask=m_rp, other=0.0).to(tl.float32)
-    b_odd = tl.load(z + o_z + 1, mask=m_rp, other=0.0).to(tl.float32)
+    o_z, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, PAIRS)
     for g in range(G):
         o_g = g * 2 * PAIRS + 2 * o_p
         b_u = b_even * tl.load(scale + o_g, mask=m_p, other=0.0) + tl.load(bias + o_g, mask=m_p, other=0.0)
@@ -104,9 +110,7 @@ def rotary_bwd_kernel(  # type: ignore[no-untyped-def]
     m_rp = (o_r < R)[:, None] & m_p[None, :]
     o_row = o_r.to(tl.int64)
     b_cos, b_sin = phases(positions, frequency, o_r, o_p, R, PAIRS)
-    o_z = o_row[:, None] * (2 * PAIRS) + 2 * o_p[None, :]
-    b_even = tl.load(z + o_z, mask=m_rp, other=0.0).to(tl.float32)
-    b_odd = tl.load(z + o_z + 1, mask=m_rp, other=0.0).to(tl.float32)
+    o_z, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, PAIRS)
     b_deven = tl.zeros([BR, BP], tl.float32)
     b_dodd = tl.zeros([BR, BP], tl.float32)
     for g in range(G):

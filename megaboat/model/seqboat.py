@@ -183,28 +183,29 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
     def truncated(parameter: Tensor, deviation: float) -> None:
         nn.init.trunc_normal_(parameter, 0.0, deviation, -2 * deviation, 2 * deviation, generator=generator)
 
-    if isinstance(module, nn.Embedding):
-        module.weight.normal_(0, config.width**-0.5, generator=generator)
-    elif isinstance(module, nn.Linear):
-        truncated(module.weight, 0.02)
-        if module.bias is not None:
+    match module:
+        case nn.Embedding():
+            module.weight.normal_(0, config.width**-0.5, generator=generator)
+        case nn.Linear():
+            truncated(module.weight, 0.02)
+            if module.bias is not None:
+                module.bias.zero_()
+        case GatedAttentionUnit():
+            for scale, bias in ((module.scale_q, module.bias_q), (module.scale_k, module.bias_k)):
+                truncated(scale, 0.02)
+                bias.zero_()
+        case DampedEMA():
+            truncated(module.smoothing, 0.2)
+            truncated(module.damping, 0.2)
+            truncated(module.expansion, 0.02)
+            module.expansion[:, 0::2] += 1
+            module.expansion[:, 1::2] -= 1
+            truncated(module.projection, 1.0)
+            truncated(module.skip, 1.0)
+        case Configurator():
+            module.center_D.zero_()
+            module.threshold_M.zero_()
+            module.log_temperature.fill_(initial_log_temperature(config.width, config.temperature_scale))
+        case LayerNorm() if module.weight is not None:
+            module.weight.fill_(1)
             module.bias.zero_()
-    elif isinstance(module, GatedAttentionUnit):
-        for scale, bias in ((module.scale_q, module.bias_q), (module.scale_k, module.bias_k)):
-            truncated(scale, 0.02)
-            bias.zero_()
-    elif isinstance(module, DampedEMA):
-        truncated(module.smoothing, 0.2)
-        truncated(module.damping, 0.2)
-        truncated(module.expansion, 0.02)
-        module.expansion[:, 0::2] += 1
-        module.expansion[:, 1::2] -= 1
-        truncated(module.projection, 1.0)
-        truncated(module.skip, 1.0)
-    elif isinstance(module, Configurator):
-        module.center_D.zero_()
-        module.threshold_M.zero_()
-        module.log_temperature.fill_(initial_log_temperature(config.width, config.temperature_scale))
-    elif isinstance(module, LayerNorm) and module.weight is not None:
-        module.weight.fill_(1)
-        module.bias.zero_()

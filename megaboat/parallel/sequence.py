@@ -21,6 +21,7 @@ from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.memory import WorkingMemory
 from megaboat.model.config import ModelConfig, SeqBoatConfig
 from megaboat.model.seqboat import SeqBoat
+from megaboat.parallel.collectives import add_up, stack_ranks
 
 
 def join(model: SeqBoat, group: dist.ProcessGroup) -> None:
@@ -75,7 +76,7 @@ def arriving_state(
     """
     _, state_BDN = kernels.ema(x_BTD, decay_DN, weight_DN, skip_D, first_BT)
     states_SBDN = _Gather.apply(state_BDN, group)
-    through_SB = _gather((~first_BT.any(1)).to(decay_DN), group)
+    through_SB = stack_ranks((~first_BT.any(1)).to(decay_DN), group)
     smallest = torch.finfo(decay_DN.dtype).tiny
     kept_DN = torch.exp(x_BTD.shape[1] * decay_DN.clamp_min(smallest).log())
     arriving_BDN = states_SBDN[:0].sum(0)  # zero, yet every rank's gradient comes back through the gather
@@ -99,7 +100,7 @@ def earlier_rows(
     memory.extend(z_RZ, v_RE, positions_R, rows, docs)  # an empty memory: what it keeps is this piece's own end
     rows_SBWF = _Gather.apply(torch.cat([memory.z_BSZ, memory.v_BSE], -1), group)
     through_B1 = ~docs.first_BT.any(1, keepdim=True)
-    facts = _gather(torch.cat([memory.positions_BS, memory.count_B[:, None], through_B1], 1), group)
+    facts = stack_ranks(torch.cat([memory.positions_BS, memory.count_B[:, None], through_B1], 1), group)
     positions_SBW, count_SB, through_SB = facts[..., :window], facts[..., window], facts[..., window + 1].bool()
 
     before = torch.arange(len(facts), device=facts.device)[:, None] < dist.get_rank(group)
@@ -119,22 +120,14 @@ def earlier_rows(
     return memory
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.stack(parts)
-
-
 class _Gather(torch.autograd.Function):
     """The tensors of all ranks, stacked; each rank's gradient is the sum of what all ranks found for it."""
 
     @staticmethod
     def forward(ctx, x, group):  # type: ignore[no-untyped-def]
         ctx.group = group
-        return _gather(x, group)
+        return stack_ranks(x, group)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        dy = dy.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(dy, group=ctx.group)
-        return dy[dist.get_rank(ctx.group)], None
+        return add_up(dy, ctx.group)[dist.get_rank(ctx.group)], None

@@ -19,6 +19,7 @@ from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.precision import to_compute_dtype
 from megaboat.model.config import ModelConfig, SeqBoatConfig
 from megaboat.model.seqboat import SeqBoat
+from megaboat.parallel.collectives import add_up, stack_ranks
 
 # The dimension along which a parameter is cut; the others are whole on every rank. EMA, configurator, norms and the
 # dense linear map (2 D^2 of some 24 D^2 a token) cost less than an all-reduce of every token would.
@@ -55,7 +56,7 @@ def shard(model: SeqBoat, group: dist.ProcessGroup) -> dict[str, int]:
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # DeepSpeed's norms ask for it
             cut[names[id(parameter)]] = dim
         for name in SUMMED.get(type(module), ()):
-            module.get_parameter(name).register_hook(partial(_add_up, group=group))
+            module.get_parameter(name).register_hook(partial(add_up, group=group))
     for module in list(model.modules()):
         _join(module, group)
     weight_VD = model.head.weight
@@ -71,7 +72,7 @@ def part(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 
 def whole(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """The parts of all ranks of the group along a dimension."""
-    return torch.cat(list(_together(part.contiguous(), group)), dim)
+    return torch.cat(list(stack_ranks(part, group)), dim)
 
 
 def obstacle(config: ModelConfig, tensor: int) -> str | None:
@@ -128,7 +129,7 @@ class VocabularyHead(nn.Module):
     def forward(self, h_BTD: Tensor, targets_BT: Tensor | None = None, per_token: bool = False) -> Tensor:
         """As `Head.forward`, with whole logits where no targets are given."""
         h_BTD = _Fan.apply(to_compute_dtype(h_BTD), self.group)
-        together = partial(_together, group=self.group)
+        together = partial(stack_ranks, group=self.group)
         if targets_BT is None:
             return torch.cat(list(together(h_BTD @ self.weight.to(h_BTD.dtype).T)), -1)
         h_XD, targets_X = h_BTD.flatten(0, 1), targets_BT.flatten()
@@ -163,24 +164,12 @@ def _first_of(active_XM: Tensor, group: dist.ProcessGroup) -> Tensor:
     return (packed[:, None] & weight).bool().flatten()[: len(bits)].view_as(active_XM)
 
 
-def _add_up(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
-
-
-def _together(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.stack(parts)
-
-
 class _Reduce(torch.autograd.Function):
     """The sum over the group; the gradient, whole on every rank, passes."""
 
     @staticmethod
     def forward(ctx, x, group):  # type: ignore[no-untyped-def]
-        return _add_up(x, group)
+        return add_up(x, group)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
@@ -197,4 +186,4 @@ class _Fan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return _add_up(dy, ctx.group), None
+        return add_up(dy, ctx.group), None

@@ -220,16 +220,17 @@ def _read_module(name: str) -> Module:
     tree = ast.parse(text)
     module = Module(name, text.splitlines(), ast.get_docstring(tree) or "")
     for statement in tree.body:
-        if isinstance(statement, ast.ImportFrom):
-            assert statement.module is not None
-            module.imports |= {a.asname or a.name: (statement.module, a.name) for a in statement.names}
-        elif isinstance(statement, ast.Import):
-            module.imports |= {a.asname or a.name: (a.name, None) for a in statement.names}
-        elif isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            module.definitions[statement.name] = statement
-        elif isinstance(statement, ast.Assign | ast.AnnAssign):
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            module.definitions |= {target.id: statement for target in targets if isinstance(target, ast.Name)}
+        match statement:
+            case ast.ImportFrom(module=str(origin), names=names):
+                module.imports |= {a.asname or a.name: (origin, a.name) for a in names}
+            case ast.Import(names=names):
+                module.imports |= {a.asname or a.name: (a.name, None) for a in names}
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                module.definitions[name] = statement
+            case ast.Assign(targets=targets):
+                module.definitions |= {target.id: statement for target in targets if isinstance(target, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                module.definitions[name] = statement
     return module
 
 

@@ -33,6 +33,15 @@ WORDS = 4  # different last lines of ranks that are shown
 
 def main(arguments: list[str]) -> int:
     """Run one check; 2 and one line where it fails."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return _check(chosen)
+    except BadInput as error:
+        print(f"launch: {error}")
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checks = parser.add_subparsers(dest="check", required=True)
     node = checks.add_parser("node")
@@ -45,19 +54,18 @@ def main(arguments: list[str]) -> int:
     again = checks.add_parser("again")
     again.add_argument("run", type=Path)
     again.add_argument("logs", type=Path, nargs="?")
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.check == "node":
-            print(json.dumps(describe_node(chosen.run, chosen.tasks, chosen.files)), flush=True)
-        elif chosen.check == "compare":
-            return ASKED_TO_STOP if compare_nodes(chosen.prefix, chosen.nodes) else 0
-        else:
-            for line in last_words(chosen.logs) if chosen.logs else []:
-                print(line)
-            note_attempt(chosen.run, "crash", dict(os.environ))
-    except BadInput as error:
-        print(f"launch: {error}")
-        return error.exit_code
+    return parser
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    if chosen.check == "compare":
+        return ASKED_TO_STOP if compare_nodes(chosen.prefix, chosen.nodes) else 0
+    if chosen.check == "node":
+        print(json.dumps(describe_node(chosen.run, chosen.tasks, chosen.files)), flush=True)
+        return 0
+    for line in last_words(chosen.logs) if chosen.logs else []:
+        print(line)
+    note_attempt(chosen.run, "crash", dict(os.environ))
     return 0
 
 
