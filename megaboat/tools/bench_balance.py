@@ -1,15 +1,19 @@
 """Imbalance and step time on several ranks, by how the windows of a batch are dealt to them.
 
   torchrun --nproc-per-node 4 -m megaboat bench balance configs/pile_mini_cpu.yaml data.path=corpora/pile_mini
-  torchrun --nproc-per-node 2 -m megaboat bench balance configs/125m.yaml data.path=corpora/pile --ragged
+  torchrun --nproc-per-node 4 -m megaboat bench balance runs/mine --steps 30 --trace trace.jsonl
+  torchrun --nproc-per-node 2 -m megaboat bench balance configs/125m.yaml --synthetic --ragged
 
-Three runs with the same batches: sorted by source, in their order, by predicted cost. `--ragged` forces the activation
-of each window instead of leaving it to the model: between 0.05 and 0.95, by what the window says.
+Three runs with the same batches: sorted by source, in their order, by predicted cost. A run folder in place of a config
+goes on from its newest checkpoint, which stays as it is. `--ragged` forces the activation of each window instead of
+leaving it to the model: between 0.05 and 0.95, by what the window says. `--synthetic` writes text for it into a
+temporary folder: sources whose documents use few or many letters.
 """
 
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaboat.config import load_config
+from megaboat.data.loader import WindowReader
+from megaboat.data.prepare import Request, prepare
 from megaboat.engine.build import open_run
+from megaboat.engine.checkpoint import find_checkpoint
 from megaboat.engine.deepspeed import connect
 from megaboat.engine.hooks import Hook
 from megaboat.engine.ranks import Ranks, this_process
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import StopRequest
+from megaboat.engine.trainer import Trainer
+from megaboat.errors import BadInput
 from megaboat.layers.configurator import Configurator, Routing
 from megaboat.log import setup_logging
 
@@ -38,15 +47,18 @@ COLUMNS = {
     "step_time": "step, ms",
     "overhead": "overhead, %",
 }
+SOURCES, SYNTHETIC_WINDOWS = 8, 256
+SURVEYED = 64  # windows that say which variety of tokens is usual
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml|RUN")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--steps", type=int, default=60, metavar="N", help="of each way; the first third is not counted"
     )
     parser.add_argument("--ragged", action="store_true", help="force each window's activation, from 0.05 to 0.95")
+    parser.add_argument("--synthetic", action="store_true", help="on text made for it, in place of data.path")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the last way's trace, for balance simulate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
 
@@ -56,15 +68,15 @@ def run(arguments: argparse.Namespace) -> None:
     setup_logging(ranks.rank, ranks.size)
     connect(ranks)
     results = {}
-    for way in WAYS:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = ranks.gather_objects(scratch)[0]
-            changes = [f"train.out={folder}/run", f"train.steps={arguments.steps}", f"balance.assignment={way}"]
-            changes += ["balance.trace_every=1"] if arguments.trace else []
-            config = load_config(RunConfig, arguments.config, [*arguments.overrides, *changes])
-            recorder = _Recorder()
-            results[way] = measure(config, ranks, recorder, arguments.ragged)
-            ranks.barrier()
+    with tempfile.TemporaryDirectory() as own:
+        scratch = Path(ranks.gather_objects(own)[0])
+        if arguments.synthetic:
+            ranks.on_first(lambda: write_synthetic(scratch, _config(arguments, []).data.seq_len))
+        for way in WAYS:
+            config = _config(arguments, _changes(arguments, scratch, way))
+            ranks.on_first(partial(_start, arguments.config, config.train.out))
+            recorder = _Recorder(ranks.device.type == "cuda")
+            results[way] = measure(config, ranks, recorder, arguments.steps, arguments.ragged)
     if ranks.is_first:
         print(table(results))
         if arguments.trace:
@@ -74,14 +86,58 @@ def run(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def measure(config: RunConfig, ranks: Ranks, recorder: "_Recorder", ragged: bool) -> dict[str, float]:
-    """Medians over the last two thirds of a run's steps."""
+def _config(arguments: argparse.Namespace, changes: list[str]) -> RunConfig:
+    path = arguments.config / "config.yaml" if arguments.config.is_dir() else arguments.config
+    return load_config(RunConfig, path, [*arguments.overrides, *changes])
+
+
+def _changes(arguments: argparse.Namespace, scratch: Path, way: str) -> list[str]:
+    checkpoint = find_checkpoint(arguments.config / "checkpoints")
+    done = checkpoint.state["step"] if checkpoint else 0
+    changes = [f"train.out={scratch / way}", f"train.steps={done + arguments.steps}", f"balance.assignment={way}"]
+    if arguments.trace:
+        changes.append("balance.trace_every=1")
+    if arguments.synthetic:
+        changes.append(f"data.path={scratch / 'tokens'}")
+    return changes
+
+
+def _start(given: Path, out: Path) -> None:
+    """Make `out` a run that stands where the one in `given` does; a config's starts from nothing."""
+    out.mkdir()
+    checkpoint = find_checkpoint(given / "checkpoints")
+    if checkpoint is not None:
+        folder = out / "checkpoints" / checkpoint.folder.name
+        folder.parent.mkdir()
+        folder.symlink_to(checkpoint.folder.absolute())
+        folder.with_name("latest").write_text(folder.name)
+
+
+def write_synthetic(folder: Path, seq_len: int) -> None:
+    """`folder/tokens`: SOURCES sources of bytes, the first of few letters and each other one of more; a document is as
+    long as a window and has some letters more or fewer."""
+    letters = np.frombuffer(bytes(range(33, 127)), np.uint8)
+    generator = np.random.default_rng(0)
+    with (folder / "text.jsonl").open("w") as file:
+        for number in range(SYNTHETIC_WINDOWS):
+            source = number % SOURCES
+            usual = len(letters) * (1 + source) / SOURCES
+            count = int(np.clip(usual * generator.uniform(0.7, 1.4), 2, len(letters)))
+            text = generator.choice(letters[:count], seq_len).tobytes().decode()
+            file.write(json.dumps({"text": text, "meta": {"pile_set_name": f"source {source}"}}) + "\n")
+    prepare(Request({"train": [folder / "text.jsonl"]}, "bytes", folder / "tokens"))
+
+
+def measure(
+    config: RunConfig, ranks: Ranks, recorder: "_Recorder", steps: int, ragged: bool = False
+) -> dict[str, float]:
+    """Medians over the last two thirds of so many steps."""
     trainer = open_run(config, ranks)
     trainer.hooks = [recorder]
     if ragged:
-        force_ragged(trainer.engine.module)
+        force_ragged(trainer)
     with trainer.watchdog, StopRequest() as stop:  # not `fit`, which evaluates and saves at the end
-        for _ in range(config.train.steps):
+        for _ in range(steps):
             trainer.train_step(stop)
     trainer.loader.close()
     if trainer.fence is not None:
@@ -90,15 +146,22 @@ def measure(config: RunConfig, ranks: Ranks, recorder: "_Recorder", ragged: bool
     return {name: float(np.median([step[name] for step in kept])) for name in COLUMNS}
 
 
-def force_ragged(model: nn.Module) -> None:
-    """Each row activates a share of its tokens that grows with how varied they are: the same on any rank."""
+def force_ragged(trainer: Trainer) -> None:
+    """Each row activates a share of its tokens that grows with how varied they are, and a little by chance: the same
+    on any rank."""
+    if trainer.balance is None:
+        raise BadInput("bench balance --ragged: a model without decisions has no activation to force")
+    order, config = trainer.balance.dealer.order, trainer.config.data
+    usual = _variety(WindowReader(config, trainer.dataset, order.locate).read(0, SURVEYED, config.row_len).tokens_BT)
+    middle, spread = float(usual.mean()), max(float(usual.std()), 1e-6)
     tokens: list[Tensor] = []
+    model: nn.Module = trainer.engine.module
     model.register_forward_pre_hook(lambda _, inputs: tokens.__setitem__(slice(None), [inputs[0]]))
 
     def force(module: nn.Module, inputs: Any, routing: Routing) -> Routing:
         B, T = tokens[0].shape
-        distinct_B = 1 + (tokens[0].sort(1).values.diff(dim=1) > 0).sum(1)
-        share_B = (3 * distinct_B / T - 0.9).clamp(0.05, 0.95)  # 0.3 to 0.6 of a row's tokens are distinct
+        chance_B = (tokens[0].sum(1) % 1009) / 1009 - 0.5
+        share_B = (0.5 + 0.25 * (_variety(tokens[0]) - middle) / spread + 0.2 * chance_B).clamp(0.05, 0.95)
         turn_BT = (torch.arange(T, device=share_B.device) * 0.618034) % 1  # spread evenly over the row
         active_XM = (turn_BT < share_B[:, None]).reshape(B * T, 1).expand_as(routing.active_XM)
         confidence_XM = torch.sigmoid(routing.margin_XM / routing.temperature_M) * active_XM
@@ -107,6 +170,11 @@ def force_ragged(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Configurator):
             module.register_forward_hook(force)
+
+
+def _variety(tokens_BT: Tensor) -> Tensor:
+    """(B,) the share of a row's tokens that are distinct."""
+    return (1 + (tokens_BT.sort(1).values.diff(dim=1) > 0).sum(1)) / tokens_BT.shape[1]
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -120,16 +188,17 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 class _Recorder(Hook):
-    """Keeps the figures of each step; the overhead is the balance's CPU time over that of the rank's own work."""
+    """Keeps the figures of each step; the overhead is the balance's CPU time over that of the rank's own work, on a GPU
+    over the step's time."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: bool) -> None:
+        self._whole = "step_time" if cuda else "work_seconds"
         self.steps: list[dict[str, float]] = []
         self.trace: list[dict[str, Any]] = []
 
     def on_step(self, metrics: dict[str, Any]) -> None:
-        balance = metrics["balance"]
-        overhead = balance["seconds"] / balance["work_seconds"]
-        self.steps.append({**balance, "step_time": metrics["step_time"], "overhead": overhead})
+        step = {**metrics["balance"], "step_time": metrics["step_time"]}
+        self.steps.append({**step, "overhead": step["seconds"] / step[self._whole]})
 
     def on_trace(self, record: dict[str, Any]) -> None:
         self.trace.append(record)
