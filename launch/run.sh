@@ -72,7 +72,8 @@ near_limit() {
 }
 
 requeue() {
-    put_back --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" \
+    put_back --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" \
+        --nodes="${ELASTIC:+$ELASTIC-}$SLURM_JOB_NUM_NODES" \
         ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} --time="$(squeue -h -j "$SLURM_JOB_ID" -o %l)" \
         --ntasks-per-node="$tasks_per_node" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
         "$script" "$config" "${overrides[@]}"
@@ -87,6 +88,8 @@ mkdir -p "$run/logs" || exit 2
 say "job $job, restart ${SLURM_RESTART_COUNT:-0}: $nodes x $tasks_per_node ranks on $SLURM_JOB_NODELIST, run $run"
 say "$("$python" --version), $(srun --version), megaboat at $(git rev-parse --short HEAD 2>/dev/null || echo '?')"
 check_nodes
+[ -n "${ELASTIC:-}" ] && srun --overlap --mem=0 --cpus-per-task=1 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --output=/dev/null bash launch/fewer.sh $((ELASTIC * tasks_per_node)) 2>/dev/null &
 
 for try in 1 2 3 4 5 6 7 8 9; do
     train "$try"

@@ -18,6 +18,7 @@ settings.load_profile("steady")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=4, help="how often tests/engine/test_killed.py kills its run")
+    parser.addoption("--stops", type=int, default=3, help="how often tests/launch/test_slurm.py stops its job")
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from megaboat.engine.ranks import job_port
+from megaboat.engine.places import job_port
 
 _TURNS = itertools.count()
 # A server that has imported torch and DeepSpeed once forks each rank in milliseconds instead of seconds. DeepSpeed

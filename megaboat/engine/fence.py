@@ -15,10 +15,13 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megaboat.engine.ranks import Ranks, attempt_name
+from megaboat.engine.places import attempt_name
 from megaboat.errors import BadInput, MegaboatError
+
+if TYPE_CHECKING:  # the checks before a job look at fences, and need no torch
+    from megaboat.engine.ranks import Ranks
 
 OWNER = "owner.json"
 BEAT_SECONDS = 10.0
@@ -93,7 +96,7 @@ class Fence:
                 os.utime(self._path)
 
 
-def take_fence(folder: Path, ranks: Ranks) -> Fence | None:
+def take_fence(folder: Path, ranks: "Ranks") -> Fence | None:
     """Rank 0's fence, acquired; where it is refused, all ranks raise the same error."""
 
     def acquired() -> Fence:

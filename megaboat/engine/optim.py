@@ -1,12 +1,14 @@
 """Parameter groups for AdamW and learning-rate schedules as pure functions of the step."""
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
-from torch import nn
 
 from megaboat.config import Section
+
+if TYPE_CHECKING:  # a configuration can be checked without torch
+    from torch import nn
 
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
@@ -51,7 +53,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.final + (1 - config.final) * level)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: "nn.Module", weight_decay: float) -> list[dict]:
     """Two groups of AdamW: the matrices of linear maps and embeddings decay, everything else does not."""
     matrices = {
         id(parameter)

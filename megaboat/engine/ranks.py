@@ -1,9 +1,7 @@
-"""Which process of how many this is, and how the processes find each other."""
+"""This process among the ranks of a run, and what they ask of each other."""
 
 import os
-import re
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -11,12 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaboat.errors import BadInput
-
-# SLURM_STEP_ID of what is no step of srun: batch scripts, interactive shells, containers.
-FIRST_SPECIAL_STEP = 4294967290
-BATCH_STEP = "4294967291"
-FIRST_PORT, PORTS = 20000, 12000
+from megaboat.engine.places import environment, gpu_of
 
 T = TypeVar("T")
 
@@ -100,6 +93,10 @@ class Ranks:
         dist.all_gather(parts, values)
         return torch.cat(parts)
 
+    def gather_number(self, value: float) -> list[float]:
+        """What each rank passes, in the order of ranks: one small collective."""
+        return self.gather(torch.tensor([value], device=self.device)).tolist()
+
     def gather_objects(self, value: T) -> list[T]:
         """What each rank passes, in the order of ranks."""
         if self.size == 1:
@@ -136,104 +133,6 @@ def _my_group(groups: Tensor) -> dist.ProcessGroup:
     return dist.new_subgroups_by_enumeration(groups.tolist())[0]
 
 
-def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: nothing where torchrun has set them, else from the
-    variables of a SLURM step or of submitit's local executor, else those of a lone process.
-
-    Raises BadInput where SLURM has laid the tasks out in a way that cannot work.
-    """
-    if "RANK" in variables:
-        return {}
-    if "SUBMITIT_LOCAL_NTASKS" in variables:
-        return _submitit_local(variables)
-    if int(variables.get("SLURM_STEP_ID", BATCH_STEP)) < FIRST_SPECIAL_STEP:
-        return _slurm_step(variables)
-    tasks = int(variables.get("SLURM_NTASKS", "1"))
-    if "SLURM_PROCID" in variables and "SLURM_STEP_ID" not in variables and tasks > 1:
-        raise BadInput(f"started by the batch script of a SLURM job of {tasks} tasks: put srun in front of the command")
-    return {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-
-
-def _slurm_step(variables: Mapping[str, str]) -> dict[str, str]:
-    """One task of `srun` is one rank. SLURM_JOB_* would be wrong in a step on some of a job's nodes."""
-    nodes = variables["SLURM_STEP_NODELIST"]
-    node, rank = int(variables["SLURM_NODEID"]), int(variables["SLURM_PROCID"])
-    local_rank = int(variables["SLURM_LOCALID"])
-    sizes = tasks_per_node(variables["SLURM_STEP_TASKS_PER_NODE"])
-    if rank != sum(sizes[:node]) + local_rank:
-        raise BadInput(f"task {rank} is number {local_rank} of node {node}: start srun with --distribution=block")
-    job, step = int(variables["SLURM_JOB_ID"]), int(variables["SLURM_STEP_ID"])
-    attempt = int(variables.get("SLURM_RESTART_COUNT", "0"))
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": variables["SLURM_NTASKS"],
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(sizes[node]),
-        "MASTER_ADDR": first_node(nodes),
-        "MASTER_PORT": str(job_port(job, attempt, step)),
-    }
-
-
-def _submitit_local(variables: Mapping[str, str]) -> dict[str, str]:
-    return {
-        "RANK": variables["SUBMITIT_LOCAL_GLOBALID"],
-        "WORLD_SIZE": variables["SUBMITIT_LOCAL_NTASKS"],
-        "LOCAL_RANK": variables["SUBMITIT_LOCAL_LOCALID"],
-        "LOCAL_WORLD_SIZE": variables["SUBMITIT_LOCAL_NTASKS"],
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(job_port(int(variables["SUBMITIT_LOCAL_JOB_ID"]), 0, 0)),
-    }
-
-
-def first_node(nodes: str) -> str:
-    """The first host of a SLURM node list: `gpu-a03` of `gpu-a[03-07,9],gpu-b1`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    if first is None:
-        raise BadInput(f"SLURM's node list {nodes!r} names no host")
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
-
-
-def tasks_per_node(text: str) -> list[int]:
-    """[8, 8, 4] of SLURM's `8(x2),4`."""
-    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
-    return [int(part[1]) for part in parts if part is not None for _ in range(int(part[2] or 1))]
-
-
-def job_port(job: int, attempt: int, step: int) -> int:
-    """A port for the ranks of one attempt, below the ports that the kernel hands out (from 32768). Neighbouring jobs
-    and attempts get others: ranks of a lost attempt must not meet those of the next."""
-    return FIRST_PORT + (job * 101 + attempt * 13 + step) % PORTS
-
-
-def attempt_name(variables: Mapping[str, str]) -> str:
-    """Which try of which job this is, the same on all its ranks and greater in each later try of the same job."""
-    if "RANK" not in variables or "SLURM_STEP_ID" not in variables:
-        return ""
-    parts = (variables["SLURM_JOB_ID"], variables.get("SLURM_RESTART_COUNT", "0"), variables["SLURM_STEP_ID"])
-    return ".".join(parts)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on at the moment.
-
-    Raises BadInput where this machine cannot even reach itself: torch would try for half an hour.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        try:
-            socket.create_connection(probe.getsockname(), timeout=10).close()
-        except OSError as error:
-            raise BadInput(
-                f"127.0.0.1 cannot be reached ({error.strerror}), and ranks talk through it: ip link set lo up"
-            ) from None
-        return probe.getsockname()[1]
-
-
 def this_process() -> Ranks:
     """Read the environment and choose the device: the local rank's GPU, or the CPU."""
     os.environ.update(environment(os.environ))
@@ -251,12 +150,3 @@ def be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def gpu_of(local_rank: int, local_size: int, visible: int) -> int:
-    """The index of a rank's GPU: its local rank, or 0 where the scheduler shows each rank only its own."""
-    if visible == 1:
-        return 0
-    if local_size > visible:
-        raise BadInput(f"{local_size} ranks on this node, but {visible} GPUs: start one rank a GPU")
-    return local_rank

@@ -10,9 +10,8 @@ from megaboat.data.config import DataConfig
 from megaboat.engine.optim import OptimConfig
 from megaboat.errors import BadInput
 from megaboat.model.config import ModelConfig, SeqBoatConfig
-from megaboat.parallel import sequence as pieces
-from megaboat.parallel import tensor as cut
 from megaboat.parallel.balance.config import BalanceConfig
+from megaboat.parallel.obstacles import sequence_obstacle, tensor_obstacle
 
 
 class TrainConfig(Section):
@@ -87,7 +86,7 @@ class RunConfig(Section):
         """Raises BadInput when the model or the batch cannot be dealt to the ranks."""
         tensor, sequence = self.parallel.tensor, self.parallel.sequence
         lengths = {self.data.row_len or self.data.seq_len, *(p.row_len for p in self.data.phases if p.row_len)}
-        obstacle = cut.obstacle(self.model, tensor) or pieces.obstacle(self.model, lengths, sequence)
+        obstacle = tensor_obstacle(self.model, tensor) or sequence_obstacle(self.model, lengths, sequence)
         if obstacle is not None:
             raise BadInput(obstacle)
         together = tensor * sequence

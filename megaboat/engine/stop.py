@@ -5,11 +5,12 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from megaboat.engine.places import attempt_name
 
-from megaboat.engine.ranks import Ranks, attempt_name
+if TYPE_CHECKING:  # the checks before a job look at outcomes, and need no torch
+    from megaboat.engine.ranks import Ranks
 
 # What a scheduler does with a stopped run: `requeue` wants to go on, `fatal` would fail again.
 Outcome = Literal["done", "requeue", "fatal"]
@@ -35,11 +36,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self, ranks: Ranks) -> str | None:
+    def agreed(self, ranks: "Ranks") -> str | None:
         """A signal that some rank received, the same answer on all ranks: one small collective."""
         number = float(signal.Signals[self.received]) if self.received else 0.0
-        numbers = ranks.gather(torch.tensor([number], device=ranks.device)).tolist()
-        return next((signal.Signals(int(number)).name for number in numbers if number), None)
+        return next((signal.Signals(int(other)).name for other in ranks.gather_number(number) if other), None)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:

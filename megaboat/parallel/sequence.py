@@ -19,7 +19,7 @@ from megaboat.layers.documents import Documents
 from megaboat.layers.ema import DampedEMA
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.memory import WorkingMemory
-from megaboat.model.config import ModelConfig, SeqBoatConfig
+from megaboat.model.config import SeqBoatConfig
 from megaboat.model.seqboat import SeqBoat
 from megaboat.parallel.collectives import add_up, stack_ranks
 
@@ -31,18 +31,6 @@ def join(model: SeqBoat, group: dist.ProcessGroup) -> None:
             module.arrive = partial(arriving_state, group=group)
         elif isinstance(module, GatedAttentionUnit):
             module.recall = partial(earlier_rows, window=module.window, group=group)
-
-
-def obstacle(config: ModelConfig, lengths: set[int], sequence: int) -> str | None:
-    """Why rows of these lengths cannot be cut over `sequence` ranks, with the numbers; None where they can."""
-    if sequence > 1 and not isinstance(config, SeqBoatConfig):
-        return f"parallel.sequence {sequence} is for model.family seqboat, not {config.family}; set parallel.sequence=1"
-    uneven = min((length for length in lengths if length % sequence), default=None)
-    return (
-        None
-        if uneven is None
-        else f"rows of {uneven} tokens cannot be cut into parallel.sequence {sequence} equal pieces"
-    )
 
 
 class Traffic(NamedTuple):

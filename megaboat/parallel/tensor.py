@@ -17,7 +17,6 @@ from megaboat.layers.configurator import Configurator
 from megaboat.layers.feedforward import FeedForward
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.precision import to_compute_dtype
-from megaboat.model.config import ModelConfig, SeqBoatConfig
 from megaboat.model.seqboat import SeqBoat
 from megaboat.parallel.collectives import add_up, stack_ranks
 
@@ -73,22 +72,6 @@ def part(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 def whole(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """The parts of all ranks of the group along a dimension."""
     return torch.cat(list(stack_ranks(part, group)), dim)
-
-
-def obstacle(config: ModelConfig, tensor: int) -> str | None:
-    """Why `tensor` ranks cannot hold a model together, with the numbers and the remedy; None where they can."""
-    if tensor == 1:
-        return None
-    if not isinstance(config, SeqBoatConfig):
-        return f"parallel.tensor {tensor} is for model.family seqboat, not {config.family}; set parallel.tensor=1"
-    sizes = {"heads": config.heads, "ffn_dim": config.ffn_dim, "vocab_size": config.vocab_size}
-    for name, size in sizes.items():
-        if size and size % tensor:
-            fitting = size + -size % tensor
-            return (
-                f"model.{name} {size} is not a multiple of parallel.tensor {tensor}; set it to {fitting}, for example"
-            )
-    return None
 
 
 class RowParallelLinear(nn.Module):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from megaboat.config import load_config
 from megaboat.data.dataset import open_dataset
 from megaboat.engine.fence import Fence
-from megaboat.engine.ranks import FIRST_SPECIAL_STEP
+from megaboat.engine.places import FIRST_SPECIAL_STEP
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import is_done
 from megaboat.errors import BadInput
@@ -115,7 +115,10 @@ def check_job(path: Path, overrides: list[str], variables: dict[str, str]) -> st
         raise BadInput(f"{tasks} tasks for {gpus} GPUs on a node: make --ntasks-per-node and --gpus-per-node equal")
     if tasks < gpus:
         print(f"launch: {gpus - tasks} of {gpus} GPUs on each node stay idle", file=sys.stderr)
-    checked = check_config(path, overrides, nodes, tasks, elastic=bool(variables.get("ELASTIC")))
+    elastic = variables.get("ELASTIC", "")
+    if elastic and not re.fullmatch("[1-9][0-9]*", elastic):
+        raise BadInput(f"ELASTIC={elastic}: expected the least number of nodes, as in `ELASTIC=2 sbatch -N 2-4 ...`")
+    checked = check_config(path, overrides, nodes, tasks, elastic=bool(elastic))
     found = {"run": checked.out, "data": checked.data, "nodes": checked.nodes, "tasks_per_node": tasks}
     if is_done(checked.out, checked.steps):
         return _assignments(found | {"finished": "yes"})

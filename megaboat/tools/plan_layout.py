@@ -8,8 +8,8 @@ from megaboat.engine.run_config import RunConfig
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import training_flops
 from megaboat.model.memory import Memory, Parameters, count_parameters, layer_bytes, llama_layer_bytes, training_memory
-from megaboat.parallel import sequence as pieces
 from megaboat.parallel import tensor as cut
+from megaboat.parallel.obstacles import sequence_obstacle, tensor_obstacle
 
 NODE = 8  # GPUs
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
@@ -160,7 +160,7 @@ def recommend(config: RunConfig, gpus: int, gpu: Gpu, activation: float) -> Layo
 
 def _obstacle(config: RunConfig, tensor: int, sequence: int) -> str | None:
     length = config.data.row_len or config.data.seq_len
-    return cut.obstacle(config.model, tensor) or pieces.obstacle(config.model, {length}, sequence)
+    return tensor_obstacle(config.model, tensor) or sequence_obstacle(config.model, {length}, sequence)
 
 
 def _kept(config: RunConfig, layout: Layout, activation: float) -> float:

@@ -17,7 +17,8 @@ from megaboat.config import load_config
 from megaboat.config_keys import describe_keys
 from megaboat.engine.build import open_run
 from megaboat.engine.fence import InUse, Superseded
-from megaboat.engine.ranks import Ranks, attempt_name, this_process
+from megaboat.engine.places import attempt_name
+from megaboat.engine.ranks import Ranks, this_process
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import StopRequest, write_outcome
 from megaboat.errors import BadInput, MegaboatError

@@ -40,9 +40,9 @@ def spoil(trainer: Trainer, bad: dict[int, float], rank: int = 0) -> None:
 
 
 def train_spoilt(ranks: Ranks, config: RunConfig, bad: dict[int, float]) -> tuple[str, int]:
-    """For `run_on_ranks`: a whole run in which the last rank's loss is spoilt in some steps."""
+    """For `run_on_ranks`: a whole run in which the loss of the last copy of the model is spoilt in some steps."""
     trainer = open_run(config, ranks)
-    spoil(trainer, bad, ranks.size - 1)
+    spoil(trainer, bad, ranks.size - config.parallel.tensor)
     outcome, _ = trainer.fit()
     trainer.ledger.close() if trainer.ledger else None
     return outcome, trainer.step
@@ -99,12 +99,21 @@ def test_every_layout_leaves_out_the_same(
     assert updated(tmp_path / "run") == pytest.approx(updated(two_left_out), rel=1e-5)
 
 
-@pytest.mark.parametrize(("size", "zero"), LAYOUTS, ids=IDS)
+CUTS = [
+    *((size, {"zero": zero}) for size, zero in LAYOUTS),
+    (2, {"zero": 0, "tensor": 2}),
+    (2, {"zero": 1, "sequence": 2}),
+    pytest.param(4, {"zero": 2, "tensor": 2, "sequence": 2}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("size", "parallel"), CUTS)
 def test_going_back_is_as_if_the_steps_had_been_left_out(
-    two_left_out: Path, dataset_folder: Path, tmp_path: Path, size: int, zero: int
+    two_left_out: Path, dataset_folder: Path, tmp_path: Path, size: int, parallel: dict[str, int]
 ) -> None:
     """Steps 6 and 7 are done twice, from weights, moments and data of step 5: nothing of the first try is left."""
-    changes = {"parallel__zero": zero, "train__micro_batch": 1, "train__bad_steps": 2}
+    changes = {f"parallel__{key}": value for key, value in parallel.items()}
+    changes |= {"train__micro_batch": 1, "train__bad_steps": 2}
     config = tiny_config(dataset_folder, tmp_path / "run", **changes)
     bad = {8: math.nan, 9: math.inf}
     assert run_on_ranks(train_spoilt, size, config, bad) == [("done", 20)] * size

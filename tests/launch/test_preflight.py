@@ -1,6 +1,8 @@
 """What is checked before ranks start, and when a job is not tried again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,14 @@ def test_an_elastic_job_takes_the_nodes_that_fit(dataset_folder: Path, tmp_path:
     assert check_job(path, [], JOB) == f"{expected} finished=yes"
     with pytest.raises(BadInput, match="2 tasks for 1 GPUs"):
         check_job(path, [], JOB | {"SLURM_GPUS_ON_NODE": "1"})
+    with pytest.raises(BadInput, match="ELASTIC=yes: expected the least number of nodes"):
+        check_job(path, [], JOB | {"ELASTIC": "yes"})
+
+
+def test_mistakes_are_found_without_torch() -> None:
+    """Whose import takes seconds on a shared file system, before the one line that says what is wrong."""
+    code = "import sys, megaboat.tools.launch; assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_sweep_is_every_combination() -> None:

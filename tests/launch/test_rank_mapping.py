@@ -2,7 +2,7 @@
 
 import pytest
 
-from megaboat.engine.ranks import attempt_name, environment, first_node, gpu_of, job_port, tasks_per_node
+from megaboat.engine.places import attempt_name, environment, first_node, gpu_of, job_port, tasks_per_node
 from megaboat.errors import BadInput
 
 STEP = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -10,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megaboat.engine.ranks import free_port
+from megaboat.engine.places import free_port
 from megaboat.engine.stop import is_done
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import tiny_config, tiny_tree
 from tests.engine.runs import losses, train_on_rank, write_config
 from tests.launch.cluster import PATIENCE, Cluster, until
-from tests.launch.jobs import ROOT, check_whole, submit
+from tests.launch.jobs import ROOT, Job, check_whole, submit
 
 pytestmark = pytest.mark.slow
 
@@ -56,27 +57,54 @@ def test_sbatch_accepts_the_scripts_unedited(cluster: Cluster) -> None:
 
 
 def test_stopped_in_every_way_and_still_one_run(
-    cluster: Cluster, dataset_folder: Path, tmp_path: Path, curve: list[float]
+    cluster: Cluster, dataset_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """USR1 as before the time limit, an operator's requeue, and preemption by a job of higher priority."""
-    options = ("--partition=low", "--ntasks-per-node=1")
-    job = submit(cluster, tmp_path, dataset_folder, *options, train__steps=STEPS, train__save_every=0)
-    job.wait_for_step(20)
-    cluster.run("scancel", "--signal=USR1", job.number)
-    job.wait("PENDING")
-    assert "SIGUSR1" in job.outcome()["reason"]
-    job.wait_for_step(job.outcome()["step"] + 20)
-    cluster.run("scontrol", "requeue", job.number)
-    job.wait("PENDING")
-    until(lambda: "SIGTERM" in job.outcome()["reason"], PATIENCE, "checkpoint")
-    job.wait_for_step(job.outcome()["step"] + 20)
-    urgent = cluster.sbatch("--nodes=3", "--exclusive", "--wrap=sleep 1", cwd=tmp_path)
-    cluster.wait(urgent, ("RUNNING", "COMPLETED"))
-    assert "SIGTERM" in job.outcome()["reason"]
-    job.wait("COMPLETED")
-    assert check_whole(job.out, STEPS) == pytest.approx(curve, rel=1e-5)
+    """A signal, an operator's requeue, the time limit, preemption: each at a random step of the training phase."""
+    stops = request.config.getoption("--stops")
+    chance = random.Random(stops)
+    # A run without an end, whose losses do not depend on where that would be.
+    changes = {"train__steps": 1_000_000, "train__save_every": 0, "optim__schedule": "constant", "optim__warmup": 0}
+    options = ("--partition=low", "--ntasks-per-node=1", "--signal=USR1@60")
+    job = submit(cluster, tmp_path, dataset_folder, *options, **changes)
+    saved = 0
+    for number in range(stops + 1):
+        job.wait_for_step(saved + chance.randint(1, 40))
+        how, stop = list(STOPS.items())[number % len(STOPS)]
+        seen = len(losses(job.out))
+        stop(cluster, job)
+        job.wait("PENDING")
+        until(lambda before=saved: job.outcome()["step"] > before, PATIENCE, f"checkpoint after {how}")
+        outcome = job.outcome()
+        assert outcome["outcome"] == "requeue"
+        assert outcome["step"] >= seen
+        saved = outcome["step"]
+        print(f"{how}: {outcome['reason']} at step {saved}")
+        cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
+    cluster.run("scancel", job.number)
+    alone = tiny_config(dataset_folder, tmp_path / "alone", train__micro_batch=1, **changes | {"train__steps": saved})
+    run_on_ranks(train_on_rank, 1, alone)
+    assert check_whole(job.out, saved) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     attempts = [json.loads(line) for line in (job.out / "logs" / "attempts.jsonl").read_text().splitlines()]
-    assert [attempt["restart"] for attempt in attempts] == [0, 1, 2, 3]
+    assert [attempt["restart"] for attempt in attempts] == list(range(stops + 1)), "and none crashed"
+
+
+def preempt(cluster: Cluster, job: Job) -> None:
+    urgent = cluster.sbatch("--nodes=3", "--exclusive", "--wrap=sleep 1", cwd=job.log.parent)
+    cluster.wait(urgent, ("RUNNING", "COMPLETED"))
+
+
+def near_the_limit(cluster: Cluster, job: Job) -> None:
+    """Lower the limit, as a user may, until it is less than a minute away: SLURM sends the signal that precedes it."""
+    elapsed = cluster.run("squeue", "--noheader", f"--jobs={job.number}", "--format=%M").strip()
+    cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={int(elapsed.split(':')[-2]) + 1}")
+
+
+STOPS = {
+    "signal": lambda cluster, job: cluster.run("scancel", "--signal=USR1", job.number),
+    "requeue": lambda cluster, job: cluster.run("scontrol", "requeue", job.number),
+    "preemption": preempt,
+    "time limit": near_the_limit,
+}
 
 
 def test_a_lost_node_is_replaced_and_its_ranks_write_no_more(
@@ -109,10 +137,12 @@ def test_a_lost_node_is_replaced_and_its_ranks_write_no_more(
     until(lambda: cluster.idle() == cluster.size, PATIENCE, "the mended node")
 
 
-def test_a_daemon_dies_and_fewer_nodes_go_on(
-    cluster: Cluster, dataset_folder: Path, tmp_path: Path, curve: list[float]
+@pytest.mark.parametrize("loss", ["daemon", "power"])
+def test_a_lost_batch_host_leaves_fewer_nodes_that_go_on(
+    cluster: Cluster, dataset_folder: Path, tmp_path: Path, curve: list[float], loss: str
 ) -> None:
-    """With slurmd gone alone, its ranks and the batch shell live on; ELASTIC lets the next attempt have one node."""
+    """ELASTIC lets the next attempt have one node, with nobody's help: the batch shell is lost with its node, or lives
+    on unseen with its ranks where slurmd alone is gone."""
     blocker = cluster.sbatch("--nodes=1", "--exclusive", "--wrap=sleep 1000", cwd=tmp_path)
     cluster.wait(blocker, ("RUNNING",))
     changes = {"train__steps": STEPS, "train__save_every": 20}
@@ -123,21 +153,23 @@ def test_a_daemon_dies_and_fewer_nodes_go_on(
     first = cluster.run("scontrol", "show", "hostnames", nodes).split()[0]
     lost = ranks_on(first)
     assert len(lost) == 2
-    cluster.kill_slurmd(first)
+    lose, mend = LOSSES[loss]
+    lose(cluster, first)
     try:
         job.wait("PENDING")
-        # SLURM remembers the tasks of the first attempt, which one node does not hold.
-        cluster.run("scontrol", "update", f"JobId={job.number}", "NumNodes=1-2", "NumTasks=2")
         job.wait("COMPLETED")
         until(lambda: not any(Path(f"/proc/{number}").exists() for number in lost), PATIENCE, "end of the lost ranks")
     finally:
-        cluster.start_slurmd(first)
+        mend(cluster, first)
         cluster.run("scancel", blocker)
     assert "restart 0: 2 x 2 ranks" in job.said()
     assert "restart 1: 1 x 2 ranks" in job.said()
     assert check_whole(job.out, STEPS) == pytest.approx(curve, rel=1e-5)
     assert cluster.run("squeue", "--noheader", "--format=%i").split() in ([], [blocker]), "no second job was submitted"
     until(lambda: cluster.idle() == cluster.size, PATIENCE, "the node")
+
+
+LOSSES = {"daemon": (Cluster.kill_slurmd, Cluster.start_slurmd), "power": (Cluster.power_off, Cluster.power_on)}
 
 
 def test_a_rank_that_is_stopped_is_named(cluster: Cluster, dataset_folder: Path, tmp_path: Path) -> None:

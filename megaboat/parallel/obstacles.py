@@ -1,0 +1,31 @@
+"""Why a model or its rows cannot be cut as asked: of configurations alone, without torch."""
+
+from megaboat.model.config import ModelConfig, SeqBoatConfig
+
+
+def tensor_obstacle(config: ModelConfig, tensor: int) -> str | None:
+    """Why `tensor` ranks cannot hold a model together, with the numbers and the remedy; None where they can."""
+    if tensor == 1:
+        return None
+    if not isinstance(config, SeqBoatConfig):
+        return f"parallel.tensor {tensor} is for model.family seqboat, not {config.family}; set parallel.tensor=1"
+    sizes = {"heads": config.heads, "ffn_dim": config.ffn_dim, "vocab_size": config.vocab_size}
+    for name, size in sizes.items():
+        if size and size % tensor:
+            fitting = size + -size % tensor
+            return (
+                f"model.{name} {size} is not a multiple of parallel.tensor {tensor}; set it to {fitting}, for example"
+            )
+    return None
+
+
+def sequence_obstacle(config: ModelConfig, lengths: set[int], sequence: int) -> str | None:
+    """Why rows of these lengths cannot be cut over `sequence` ranks, with the numbers; None where they can."""
+    if sequence > 1 and not isinstance(config, SeqBoatConfig):
+        return f"parallel.sequence {sequence} is for model.family seqboat, not {config.family}; set parallel.sequence=1"
+    uneven = min((length for length in lengths if length % sequence), default=None)
+    return (
+        None
+        if uneven is None
+        else f"rows of {uneven} tokens cannot be cut into parallel.sequence {sequence} equal pieces"
+    )
