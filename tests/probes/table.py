@@ -28,7 +28,14 @@ PROBES = [
     Probe(
         3, "a misspelt key and impossible numbers are named", ("tests/test_configs.py", f"{ENGINE}/test_bad_input.py")
     ),
-    Probe(4, "the README's commands work as printed", ("tests/test_readme.py",)),
+    Probe(
+        4,
+        "the README's commands work as printed",
+        (
+            "tests/test_readme.py",
+            "tests/test_readme.py::test_the_first_command_ends_with_a_sample_however_often_it_is_interrupted",
+        ),
+    ),
     Probe(
         5, "parameters, FLOPs and memory of the 1B model without a GPU", ("python -m megaboat plan configs/1b.yaml",)
     ),
@@ -155,7 +162,7 @@ PROBES = [
         (f"{ENGINE}/test_profile.py::test_a_trace_of_the_steps_asked_for",),
         gpu="host syncs",
     ),
-    Probe(28, "the tests pass on CPU", ("tests/test_floors.py", "tests/test_house_rules.py")),
+    Probe(28, "the tests pass on CPU", ("tests/test_readme.py::test_the_second_command_passes",), gpu="tests -m gpu"),
     Probe(
         29,
         "sources: no globals, one door a package, licence, hostile input",
