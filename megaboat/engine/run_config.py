@@ -82,6 +82,14 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     balance: BalanceConfig = BalanceConfig()
 
+    @pydantic.model_validator(mode="after")
+    def _nothing_steers_a_fixed_decision(self) -> "RunConfig":
+        arm = self.model.configurator if isinstance(self.model, SeqBoatConfig) else "tempered"
+        steering = [key for key in ("budget", "floor", "ratio_loss", "capacity") if getattr(self.balance, key)]
+        if arm in ("always", "never") and steering:
+            raise ValueError(f"balance.{steering[0]} steers decisions, and model.configurator {arm} takes none")
+        return self
+
     def check_world(self, ranks: int) -> None:
         """Raises BadInput when the model or the batch cannot be dealt to the ranks."""
         tensor, sequence = self.parallel.tensor, self.parallel.sequence

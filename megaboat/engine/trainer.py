@@ -147,6 +147,8 @@ class Trainer:
         scale = self.ranks.replicas / targets  # DeepSpeed divides the sum over replicas by their number
         tokens = self.config.train.global_batch * self.config.data.seq_len
         sums = StepSums(self.config)
+        if self.balance:
+            self.balance.control.begin_step(self.step / self.config.train.steps)
         rows_a_window = batch.rows // len(batch.crcs)
         parts = batch.micro_batches(self.config.train.micro_batch * rows_a_window)
         for i, part in enumerate(parts):

@@ -24,10 +24,10 @@ class SparseModule(Protocol):
 class SparseModularActivation(nn.Module):
     """A configurator with M decisions a token, independent of each other, and the M modules that they switch."""
 
-    def __init__(self, width: int, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, width: int, modules: Iterable[nn.Module], arm: str = "tempered") -> None:
         super().__init__()
         self.units = nn.ModuleList(modules)
-        self.configurator = Configurator(width, len(self.units))
+        self.configurator = Configurator(width, len(self.units), arm)
 
     def route(self, h_BTD: Tensor, active_XM: Tensor | None = None) -> Routing:
         """The decisions for each token, or those of `active_XM` again."""

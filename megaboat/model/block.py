@@ -39,7 +39,7 @@ class SeqBoatBlock(nn.Module):
             GatedAttentionUnit(width, config.qk_dim, value_dim, config.window, heads, config.rope_base)
             for _ in range(config.modules)
         ]
-        self.sma = SparseModularActivation(width, units)
+        self.sma = SparseModularActivation(width, units, config.configurator)
         self.dropout = nn.Dropout(config.dropout)
         self.ffn_norm = LayerNorm(width) if config.ffn_dim else None
         self.ffn = FeedForward(width, config.ffn_dim) if config.ffn_dim else None

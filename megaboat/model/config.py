@@ -40,6 +40,9 @@ class SeqBoatConfig(Section):
     """An active token sees itself and this many active tokens before it in its document."""
     modules: int = pydantic.Field(1, gt=0)
     """GAUs a layer, each with its own decision."""
+    configurator: Literal["tempered", "gumbel", "always", "never"] = "tempered"
+    """How tokens are picked. tempered: as published. The others are to compare it with: gumbel, a noisy decision in
+    training; always, attention on every token; never, none."""
     temperature_scale: float = pydantic.Field(1.0, gt=0)
     """Initial temperature of the configurator in units of sqrt(width)."""
     calibrate: bool | None = None

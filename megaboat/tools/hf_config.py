@@ -24,6 +24,7 @@ class SeqBoatConfig(PretrainedConfig):
         ema_order: int = 16,
         window: int = 1024,
         modules: int = 1,
+        configurator: str = "tempered",
         temperature_scale: float = 1.0,
         rope_base: float = 10000.0,
         dropout: float = 0.0,
@@ -32,5 +33,6 @@ class SeqBoatConfig(PretrainedConfig):
         self.vocab_size, self.layers, self.width = vocab_size, layers, width
         self.qk_dim, self.value_dim, self.heads, self.ffn_dim = qk_dim, value_dim, heads, ffn_dim
         self.ema_order, self.window, self.modules = ema_order, window, modules
+        self.configurator = configurator
         self.temperature_scale, self.rope_base, self.dropout = temperature_scale, rope_base, dropout
         super().__init__(**({"tie_word_embeddings": True} | kwargs))

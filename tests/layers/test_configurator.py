@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megaboat.kernels import plan_rows
-from megaboat.layers.configurator import Configurator, Routing, initial_log_temperature
+from megaboat.layers.configurator import Configurator, Routing, gumbel_temperature, initial_log_temperature
 from megaboat.layers.documents import Documents
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.sma import SparseModularActivation
+from megaboat.model.build import build_model
+from megaboat.model.config import SeqBoatConfig
 from tests.layers.naive import randomize
 
 floats = st.floats(-30, 30, allow_nan=False)
@@ -171,3 +173,61 @@ def test_calibrate_activates_half_of_the_tokens_it_saw(modules: int) -> None:
 
 def test_the_initial_temperature_is_scale_times_root_width() -> None:
     assert math.exp(initial_log_temperature(616, 0.3)) == pytest.approx(0.3 * math.sqrt(616))
+
+
+def arm(name: str, modules: int = 2) -> tuple[Configurator, Tensor]:
+    configurator = randomize(Configurator(6, modules, name), 3)
+    return configurator, torch.randn(4000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def test_always_and_never_decide_so_whatever_the_logits_are() -> None:
+    for name, share in (("always", 1.0), ("never", 0.0)):
+        configurator, h_XD = arm(name)
+        routing = configurator(h_XD)
+        assert (routing.active_XM == bool(share)).all()
+        assert (routing.confidence_XM == share).all()
+        routing.confidence_XM.sum().backward()
+        assert configurator.logits.weight.grad.count_nonzero() == 0, "in the graph, and without a pull"
+        assert share or (routing.margin_XM <= 0).all(), "no token would have been active but for something else"
+
+
+def test_gumbel_draws_each_decision_with_its_probability() -> None:
+    configurator, h_XD = arm("gumbel")
+    margin_XM = configurator.logits(h_XD, configurator.center_D).detach()
+    torch.manual_seed(0)
+    counts = torch.stack([configurator(h_XD).active_XM for _ in range(50)]).double()
+    probability_XM = torch.sigmoid(margin_XM)  # P(u_1 + g_1 > u_0 + g_0), at every temperature
+    error = (counts.mean(0) - probability_XM).mean()
+    sigma = float((probability_XM * (1 - probability_XM)).sum().sqrt()) / probability_XM.numel() / 50**0.5
+    assert abs(error) < 5 * sigma
+    assert float((counts.var(0, unbiased=False) > 0).double().mean()) > 0.1, "the same token is drawn both ways"
+
+
+def test_gumbel_is_annealed_in_training_and_certain_in_evaluation() -> None:
+    assert [gumbel_temperature(p) for p in (0.0, 0.25, 0.5, 1.0)] == [2.0, 1.0, 0.5, 0.5]
+    configurator, h_XD = arm("gumbel")
+    for progress in (0.0, 0.8):
+        configurator.progress = progress
+        torch.manual_seed(1)
+        routing = configurator(h_XD)
+        confidence_XM = torch.sigmoid(routing.margin_XM / gumbel_temperature(progress)) * routing.active_XM
+        torch.testing.assert_close(routing.confidence_XM, confidence_XM, rtol=0, atol=0)
+    configurator.eval()
+    routing = configurator(h_XD)
+    margin_XM = configurator.logits(h_XD, configurator.center_D)
+    assert torch.equal(routing.active_XM, margin_XM > 0)
+    assert torch.equal(routing.confidence_XM, routing.active_XM.double())
+
+
+@pytest.mark.parametrize("name", ["gumbel", "always", "never"])
+def test_recomputation_takes_the_same_decision_and_noise(name: str) -> None:
+    gradients = []
+    for recomputed in (False, True):
+        config = SeqBoatConfig(vocab_size=30, layers=2, width=16, qk_dim=8, window=4, configurator=name)
+        model = build_model(config, 0).double()
+        model.checkpoint_activations = recomputed
+        tokens_BT = torch.randint(30, (2, 21), generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(3)
+        model(tokens_BT[:, :-1], Documents.whole(2, 20), tokens_BT[:, 1:].contiguous()).nll.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

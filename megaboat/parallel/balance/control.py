@@ -44,6 +44,11 @@ class Control:
         """(L, M)."""
         return torch.stack([configurator.threshold_M for configurator in self.configurators])
 
+    def begin_step(self, progress: float) -> None:
+        """Before a step, with the share of the run that is done: some configurators are annealed."""
+        for configurator in self.configurators:
+            configurator.progress = progress
+
     def begin(self, cu_seqlens: Tensor) -> None:
         """Before the forward pass of a micro-batch with these documents."""
         self._borders = cu_seqlens
