@@ -17,6 +17,7 @@ COMMANDS = {
         "train a model; resumes by itself when the run folder holds a checkpoint",
     ),
     "launch": ("megaboat.tools.launch", "submit training to SLURM, or a sweep of runs as one array"),
+    "study": ("megaboat.tools.study", "run a grid of configurations, and report what they say together"),
     "plan": ("megaboat.tools.plan", "parameters, FLOPs, memory and layouts of a configuration; needs no GPU"),
     "eval": ("megaboat.tools.evaluate", "nll, perplexity and bits per byte of a run, domain by domain"),
     "data": ("megaboat.tools.data", "prepare, verify and describe token shards"),

@@ -62,17 +62,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.check:
         print(check_job(arguments.config, arguments.overrides, dict(os.environ)))
         return 0
-    tasks = arguments.tasks_per_node or max(1, arguments.gpus_per_node)
     points = [arguments.overrides + list(point) for point in sweep_points(arguments.sweep)]
+    if arguments.sweep:
+        folders = [point_folder(arguments.config, point, arguments.sweep) for point in points]
+        points = [[*point, f"train.out={folder}"] for point, folder in zip(points, folders, strict=True)]
+    return submit(arguments, points, grid=bool(arguments.sweep))
+
+
+def submit(arguments: argparse.Namespace, points: list[list[str]], grid: bool) -> int:
+    """Those of the points, each the overrides of a run, that are not done; a grid's run folders lie side by side."""
+    tasks = arguments.tasks_per_node or max(1, arguments.gpus_per_node)
     jobs = []
     for overrides in points:
-        if arguments.sweep:
-            overrides = [*overrides, f"train.out={point_folder(arguments.config, overrides, arguments.sweep)}"]
         checked = check_config(arguments.config, overrides, arguments.nodes, tasks)
         if is_done(checked.out, checked.steps):
             print(f"{checked.out} is done")
         else:
-            folder = _notes_folder(checked.out, bool(arguments.sweep))
+            folder = _notes_folder(checked.out, grid)
             place = (str(checked.out), checked.steps, str(folder))
             jobs.append(Task(str(arguments.config.resolve()), tuple(overrides), *place))
     if not jobs:
@@ -182,8 +188,8 @@ def point_folder(config: Path, overrides: list[str], axes: list[str]) -> Path:
     return out / re.sub(r"[^\w.=+-]", "_", "_".join(overrides[-len(axes) :]))
 
 
-def _notes_folder(out: Path, sweep: bool) -> Path:
-    return (out.parent if sweep else out).resolve() / "submitit"
+def _notes_folder(out: Path, grid: bool) -> Path:
+    return (out.parent if grid else out).resolve() / "submitit"
 
 
 def _submit(jobs: list[Task], arguments: argparse.Namespace, tasks: int) -> int:

@@ -13,7 +13,7 @@ from megaboat.errors import BadInput
 from megaboat.tools.report_balance import Details, build_details
 
 BASELINES = ("unigram", "bigram", "zlib")
-SERIES = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_time", "mfu", "imbalance")
+SERIES = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_time", "flops_per_token", "mfu", "imbalance")
 
 
 @dataclass(frozen=True)

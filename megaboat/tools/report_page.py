@@ -64,14 +64,26 @@ def write_page(run: Run, light: dict[str, Figure], dark: dict[str, Figure], file
     alternatives = words.describe_pictures(run)
     captions = CAPTIONS | report_balance.CAPTIONS
     captions = captions if run.evaluations else {**captions, "loss": LOSS_ALONE}
-    images = {name: _figure(name, light[name], dark[name], alternatives[name], captions[name]) for name in light}
+    images = {name: figure_html(name, light[name], dark[name], alternatives[name], captions[name]) for name in light}
+    write_html(
+        file,
+        kicker="A megaboat training run",
+        title=f"{run.name}: a megaboat run",
+        name=run.name,
+        verdict=words.verdict(run),
+        tiles=_tiles(run),
+        status=words.status(run),
+        sections=_sections(run, images),
+        maker="megaboat report",
+    )
+
+
+def write_html(file: Path, tiles: list[tuple[str, str]], sections: list[str], **texts: str) -> None:
+    """Fill the template: `texts` are escaped, `sections` are HTML, a tile is a value and what it means."""
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"{run.name}: a megaboat run"),
-        name=escape(run.name),
-        verdict=escape(words.verdict(run)),
-        tiles="\n".join(f"<li><b>{escape(value)}</b><span>{escape(label)}</span></li>" for value, label in _tiles(run)),
-        status=escape(words.status(run)),
-        sections="\n".join(_sections(run, images)),
+        {name: escape(text) for name, text in texts.items()},
+        tiles="\n".join(f"<li><b>{escape(value)}</b><span>{escape(label)}</span></li>" for value, label in tiles),
+        sections="\n".join(sections),
         version=escape(__version__),
     )
     temporary = file.with_name(f".{file.name}.tmp")
@@ -88,24 +100,25 @@ def png(figure: Figure) -> bytes:
 
 def _sections(run: Run, images: dict[str, str]) -> list[str]:
     what = WHAT_SPARSE if run.is_sparse else WHAT_DENSE
-    sections = [_section("What am I looking at?", *[f"<p>{text}</p>" for text in what])]
+    sections = [section("What am I looking at?", *[f"<p>{text}</p>" for text in what])]
     last = run.last_evaluation
     quality = [_table(run, last)] if last is not None else ["<p>No evaluation yet.</p>"]
-    sections.append(_section("How well does it predict?", *quality, images.get("bits_per_byte", ""), images["loss"]))
+    sections.append(section("How well does it predict?", *quality, images.get("bits_per_byte", ""), images["loss"]))
     pictures = ("activation_by_step", "activation_by_domain", "inside_the_switches")
     decisions = [images[name] for name in pictures if name in images]
     if decisions:
-        sections.append(_section("Where did it look back?", *decisions))
+        sections.append(section("Where did it look back?", *decisions))
     told = "".join(f"<li>{escape(remark[:1].upper() + remark[1:])}</li>" for remark in words.remarks(run))
-    sections.append(_section("Honest remarks", f'<ul class="remarks">{told}</ul>'))
-    sections.append(_section("How did the training go?", images["schedule"], images["throughput"]))
+    sections.append(section("Honest remarks", f'<ul class="remarks">{told}</ul>'))
+    sections.append(section("How did the training go?", images["schedule"], images["throughput"]))
     if "balance" in images:
-        sections.append(_section("Was the work shared evenly?", images["balance"]))
-    sections.append(_section("Go on from here", _next_steps(run), _config(run)))
+        sections.append(section("Was the work shared evenly?", images["balance"]))
+    sections.append(section("Go on from here", _next_steps(run), _config(run)))
     return sections
 
 
-def _section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> str:
+    """Parts of HTML under a heading."""
     return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
@@ -178,7 +191,8 @@ def _bits(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "not measured"
 
 
-def _figure(name: str, light: Figure, dark: Figure, alternative: str, caption: str) -> str:
+def figure_html(name: str, light: Figure, dark: Figure, alternative: str, caption: str) -> str:
+    """The picture in both themes, with what it shows for those who cannot see it, and its caption."""
     bright = png(light)
     width, height = (int.from_bytes(bright[place : place + 4], "big") for place in (16, 20))
     return (

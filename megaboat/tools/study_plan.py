@@ -1,0 +1,241 @@
+"""A study: one configuration, the grids laid over it, the cells that come of them, and what they will cost."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from megaboat.config import Section, load_config
+from megaboat.engine.run_config import RunConfig
+from megaboat.errors import BadInput
+from megaboat.model.build import count_parameters
+from megaboat.model.flops import training_flops
+from megaboat.tools.plan import with_vocabulary
+from megaboat.tools.plan_layout import GPUS, Layout, layout_memory, rank_parameters, step_seconds
+
+RESOLVED, BASE = "study.yaml", "base.yaml"
+SEED_KEYS, RATE_KEY = {"train.seed", "data.seed"}, "optim.lr"
+ASSUMED_ACTIVATION = 0.5
+
+Changes = dict[str, Any]
+"""`section.key` to value."""
+
+
+class Study(Section):
+    """A study, as its YAML file says it."""
+
+    question: str
+    """What the study is to answer, in a sentence or two: it stands on top of the report."""
+    base: Path
+    """The configuration that every cell starts from; relative to the study's file."""
+    out: Path
+    """Folder of the study: a run folder for each cell in `cells/`, the report in `report/`."""
+    set: Changes = {}
+    """`section.key: value`, for all cells."""
+    grids: list[dict[str, list[Any] | dict[str, Changes]]] = pydantic.Field(min_length=1)
+    """Each a grid of axes, of which all combinations are run. An axis is a key with its values, `optim.lr: [1e-3,
+    2e-3]`, or a name with named levels that set any keys, `size: {1m: {model.width: 64}}`."""
+    drop_checkpoints: bool = False
+    """Delete the checkpoints of a cell that is done: a large grid would fill the disk."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    levels: dict[str, str]
+    """The cell's level on each axis, in the order of the file."""
+    changes: tuple[str, ...]
+    """`section.key=value`, for `megaboat train`."""
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """The run folder's, by what differs."""
+        return re.sub(r"[^\w.=+-]", "-", "_".join(f"{axis}={level}" for axis, level in self.levels.items()))
+
+    @property
+    def out(self) -> Path:
+        return self.config.train.out
+
+    @property
+    def tokens(self) -> int:
+        """That the whole cell trains on."""
+        return self.config.train.steps * self.config.train.global_batch * self.config.data.seq_len
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with its cells."""
+
+    study: Study
+    cells: list[Cell]
+    seed_axes: frozenset[str]
+    rate_axis: str | None
+
+    @property
+    def factors(self) -> list[str]:
+        """The axes that are neither seed nor learning rate: what the study compares."""
+        axes = dict.fromkeys(axis for cell in self.cells for axis in cell.levels)
+        return [axis for axis in axes if axis not in self.seed_axes and axis != self.rate_axis]
+
+
+def read_study(path: Path, out: Path | None = None, changes: list[str] | None = None) -> Plan:
+    """The study of a YAML file, or of the folder that `write_study` wrote. `changes` and `out` take precedence.
+
+    Raises BadInput with what is wrong with the file or with one of its cells.
+    """
+    path = path / RESOLVED if path.is_dir() else path
+    study = load_config(Study, path)
+    given = [override.partition("=") for override in changes or []]
+    if any(not separator or not key for key, separator, _ in given):
+        raise BadInput(f"{changes}: expected section.key=value")
+    for_all = study.set | {key: yaml.safe_load(value) for key, _, value in given}
+    study = study.model_copy(update={"base": path.parent / study.base, "out": out or study.out, "set": for_all})
+    found: dict[str, Cell] = {}
+    for grid in study.grids:
+        for cell in _cells(study, grid):
+            if found.setdefault(cell.name, cell).changes != cell.changes:
+                raise BadInput(f"{path}: two cells are named {cell.name}, and set other keys; name their levels apart")
+    keys = _keys_of_axes(study)
+    seeds = frozenset(axis for axis, its in keys.items() if its and its <= SEED_KEYS)
+    rates = [axis for axis, its in keys.items() if its == {RATE_KEY}]
+    return Plan(study, list(found.values()), seeds, rates[0] if rates else None)
+
+
+def write_study(plan: Plan) -> None:
+    """The study and its base into its folder: `study.yaml` there is all that a report or a later run needs.
+
+    Raises BadInput where the folder has another study.
+    """
+    out = plan.study.out
+    resolved = plan.study.model_copy(update={"base": Path(BASE)}).model_dump(mode="json")
+    for name, text in ((BASE, plan.study.base.read_text()), (RESOLVED, yaml.safe_dump(resolved, sort_keys=False))):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+
+
+def check_folders(plan: Plan) -> None:
+    """Raises BadInput where a cell's folder holds a run with other settings: it must not be taken for this one."""
+    for cell in plan.cells:
+        file = cell.out / "config.yaml"
+        if not file.is_file():
+            continue
+        held, wanted = (_flat(config.model_dump(mode="json")) for config in (load_config(RunConfig, file), cell.config))
+        vocabulary = "model.vocab_size"
+        if wanted.get(vocabulary) is None:
+            wanted[vocabulary] = held.get(vocabulary)
+        differs = [key for key in held | wanted if held.get(key) != wanted.get(key)]
+        if differs:
+            key = differs[0]
+            raise BadInput(
+                f"{cell.out} holds a run with {key} {held.get(key)}, and the study wants {wanted.get(key)}: give the "
+                "study another --out, or delete that folder"
+            )
+
+
+def plan_table(plan: Plan, gpu: str) -> str:
+    """What the study will take, a line for each combination of factors; learning rates and seeds are counted."""
+    device = GPUS[gpu]
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in plan.cells:
+        groups.setdefault(tuple(cell.levels.get(axis, "") for axis in plan.factors), []).append(cell)
+    names = [", ".join(filter(None, levels)) or "all" for levels in groups]
+    width = max(map(len, (*names, "in all")))
+    head = f"{'':<{width}}{'cells':>7}{'M parameters':>14}{'M tokens each':>15}{'PFLOP':>10}"
+    lines = [head + f"{'GB at most':>12}{f'{gpu} minutes at best':>22}"]
+    total_flops = total_minutes = 0.0
+    for name, cells in zip(names, groups.values(), strict=True):
+        costs = [cell_cost(cell, device) for cell in cells]
+        flops, minutes = sum(cost.flops for cost in costs), sum(cost.seconds for cost in costs) / 60
+        total_flops, total_minutes = total_flops + flops, total_minutes + minutes
+        lines.append(
+            f"{name:<{width}}{len(cells):>7}{costs[0].parameters / 1e6:>14,.2f}{cells[0].tokens / 1e6:>15,.2f}"
+            f"{flops / 1e15:>10.4g}{max(cost.memory for cost in costs) / 1e9:>12,.1f}{minutes:>22,.2f}"
+        )
+    lines.append(f"{'in all':<{width}}{len(plan.cells):>7}{'':>29}{total_flops / 1e15:>10.4g}{total_minutes:>34,.2f}")
+    lines.append(
+        f"FLOPs and minutes at activation {ASSUMED_ACTIVATION:g}, memory with every token active; starting, evaluation "
+        "and gaps between kernels are left out: a small model takes several times as long."
+    )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one cell on one GPU."""
+
+    parameters: int
+    flops: float
+    seconds: float
+    memory: float
+
+
+def cell_cost(cell: Cell, gpu: Any) -> Cost:
+    """By the planner, at an activation of one half."""
+    config = with_vocabulary(cell.config)
+    parameters = rank_parameters(config, 1)
+    layout = Layout(1, config.parallel.zero, config.train.micro_batch, config.train.checkpoint_activations)
+    step = sum(step_seconds(config, parameters, layout, gpu, ASSUMED_ACTIVATION))
+    flops = training_flops(config.model, cell.tokens, config.data.seq_len, ASSUMED_ACTIVATION)
+    memory = layout_memory(config, parameters, layout, 1.0).total
+    return Cost(int(parameters.total), flops, step * config.train.steps, memory)
+
+
+def parameters_of(config: RunConfig) -> tuple[int, int]:
+    """All, and those outside the embedding: the size that scaling is said against, since small models are mostly
+    embedding."""
+    total = count_parameters(config.model)
+    return total, total - (config.model.vocab_size or 0) * config.model.width
+
+
+def _cells(study: Study, grid: Mapping[str, list[Any] | dict[str, Changes]]) -> Iterator[Cell]:
+    axes = {_short(axis, grid): list(_levels(axis, levels)) for axis, levels in grid.items()}
+    for point in itertools.product(*axes.values()):
+        levels = {axis: label for axis, (label, _) in zip(axes, point, strict=True)}
+        changes = dict(study.set)
+        for _, changed in point:
+            changes |= changed
+        written = tuple(f"{key}={_one_line(value)}" for key, value in changes.items())
+        cell = Cell(levels, written, RunConfig())
+        out = f"train.out={study.out / 'cells' / cell.name}"
+        yield Cell(levels, (*written, out), load_config(RunConfig, study.base, [*written, out]))
+
+
+def _levels(axis: str, levels: list[Any] | dict[str, Changes]) -> Iterator[tuple[str, Changes]]:
+    """Label and keys of each level."""
+    if isinstance(levels, dict):
+        yield from levels.items()
+    else:
+        yield from ((str(value), {axis: value}) for value in levels)
+
+
+def _short(axis: str, grid: Mapping[str, Any]) -> str:
+    """`lr` for `optim.lr`, where that is clear."""
+    last = axis.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in grid) == 1 else axis
+
+
+def _keys_of_axes(study: Study) -> dict[str, set[str]]:
+    keys: dict[str, set[str]] = {}
+    for grid in study.grids:
+        for axis, levels in grid.items():
+            changed = (changes for _, changes in _levels(axis, levels))
+            keys.setdefault(_short(axis, grid), set()).update(*changed)
+    return keys
+
+
+def _one_line(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
