@@ -46,7 +46,7 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
     if config.train.deterministic:
         be_deterministic()
     dataset = _open_data(config)
-    config = _with_vocabulary(config, dataset)
+    config = config.with_vocabulary(dataset.vocab_size)
     config.check_world(ranks.size)  # now with the vocabulary
     watchdog = Watchdog(config.train.out, ranks, config.train.hang_seconds)
     with watchdog:
@@ -127,18 +127,6 @@ def _open_data(config: RunConfig) -> Dataset:
     if config.data.path is None:
         raise BadInput("data.path is not set: name the folder that `megaboat data prepare` wrote")
     return open_dataset(config.data.path, config.data.verify, excluded_blocks(config.data))
-
-
-def _with_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The config with `model.vocab_size` filled in from the dataset, or refused where it is too small."""
-    configured = config.model.vocab_size
-    if configured is not None and configured < dataset.vocab_size:
-        raise BadInput(
-            f"model.vocab_size {configured} is smaller than the vocabulary of {dataset.path} ({dataset.vocab_size}); "
-            "leave it out to take the dataset's"
-        )
-    model = config.model.model_copy(update={"vocab_size": configured or dataset.vocab_size})
-    return config.model_copy(update={"model": model})
 
 
 def _check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:

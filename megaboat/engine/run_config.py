@@ -90,6 +90,16 @@ class RunConfig(Section):
             raise ValueError(f"balance.{steering[0]} steers decisions, and model.configurator {arm} takes none")
         return self
 
+    def with_vocabulary(self, size: int) -> "RunConfig":
+        """With `model.vocab_size` filled in from the shards, which need `size`; BadInput where it is smaller."""
+        configured = self.model.vocab_size
+        if configured is not None and configured < size:
+            raise BadInput(
+                f"model.vocab_size {configured} is smaller than the vocabulary of {self.data.path} ({size}); "
+                "leave it out to take the dataset's"
+            )
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": configured or size})})
+
     def check_world(self, ranks: int) -> None:
         """Raises BadInput when the model or the batch cannot be dealt to the ranks."""
         tensor, sequence = self.parallel.tensor, self.parallel.sequence

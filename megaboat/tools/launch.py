@@ -151,16 +151,17 @@ class Checked(NamedTuple):
 def check_config(path: Path, overrides: list[str], nodes: int, tasks: int, elastic: bool = False) -> Checked:
     """Raises BadInput with what is wrong with config, corpus or ranks, before anything starts."""
     config = load_config(RunConfig, path, overrides)
-    if config.data.path is None or not (config.data.path / "index.json").is_file():
+    data = config.data.path
+    if data is None or not (data / "index.json").is_file():
         raise BadInput(
-            f"no token shards in {config.data.path}: prepare the corpus once with `megaboat data prepare --input "
-            f"'pile/*.jsonl.zst' --tokenizer FILE --out {config.data.path or 'DIR'}`, or name another with DATA=DIR"
+            f"no token shards in {data}: prepare the corpus once with `megaboat data prepare --input "
+            f"'pile/*.jsonl.zst' --tokenizer FILE --out {data or 'DIR'}`, or name another with DATA=DIR"
         )
-    open_dataset(config.data.path, "off")
+    config = config.with_vocabulary(open_dataset(data, "off").vocab_size)
     fitting = (n for n in range(nodes, 0, -1) if _fits(config, n * tasks))
     usable = next(fitting, nodes) if elastic else nodes
     config.check_world(usable * tasks)
-    return Checked(config.train.out, config.data.path, usable, config.train.steps)
+    return Checked(config.train.out, data, usable, config.train.steps)
 
 
 def _fits(config: RunConfig, ranks: int) -> bool:

@@ -66,8 +66,7 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
         return config
     if config.data.path is None or not config.data.path.exists():
         raise BadInput(f"model.vocab_size is not set and there is no dataset at data.path {config.data.path}; set it")
-    model = config.model.model_copy(update={"vocab_size": read_index(config.data.path)["vocab_size"]})
-    return config.model_copy(update={"model": model})
+    return config.with_vocabulary(read_index(config.data.path)["vocab_size"])
 
 
 def gpu_counts(text: str) -> list[int]:

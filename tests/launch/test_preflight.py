@@ -119,6 +119,8 @@ def test_an_elastic_job_takes_the_nodes_that_fit(dataset_folder: Path, tmp_path:
     assert check_config(path, ["parallel.tensor=2"], nodes=3, tasks=1, elastic=True).nodes == 2
     with pytest.raises(BadInput, match=r"3 ranks are not a multiple of parallel\.tensor 2"):
         check_config(path, ["parallel.tensor=2"], nodes=3, tasks=1)
+    with pytest.raises(BadInput, match="is smaller than the vocabulary of"):
+        check_config(path, ["model.vocab_size=100"], nodes=1, tasks=1)
     expected = f"run={tmp_path}/run data={dataset_folder} nodes=2 tasks_per_node=2"
     assert check_job(path, [], JOB) == expected
     (tmp_path / "run").mkdir(exist_ok=True)

@@ -202,6 +202,7 @@ def test_a_crash_loop_ends(cluster: Cluster, dataset_folder: Path, tmp_path: Pat
     [
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?"),
         ("data.path=nowhere", "no token shards in nowhere: prepare the corpus once with `megaboat data prepare"),
+        ("parallel.tensor=4", "model.heads 2 is not a multiple of parallel.tensor 4; set it to 4, for example"),
         ("train.micro_batch=3", "train.global_batch 4 is not a multiple of 4 ranks x train.micro_batch 3"),
     ],
 )

@@ -155,7 +155,11 @@ PROBES = [
         (f"{TOOLS}/test_bench_train.py",),
         gpu="megaboat bench train",
     ),
-    Probe(26, "a scaling study that goes on where it was killed", ("python -m megaboat study --help",)),
+    Probe(
+        26,
+        "a scaling study that goes on where it was killed",
+        (f"{TOOLS}/test_study.py::test_killed_and_run_again_only_what_is_missing_runs_and_the_report_is_the_same",),
+    ),
     Probe(
         27,
         "a profiler trace that opens; no host sync beyond the stated one",
