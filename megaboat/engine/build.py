@@ -80,7 +80,8 @@ def _open_owned(
     step = checkpoint.state["step"] if checkpoint else 0
     watchdog.beat("build model")
     consumed = checkpoint.state["data"]["consumed_windows"] if checkpoint else 0
-    model = build_model(config.model, config.train.seed)
+    with ranks.device:  # a GPU draws a billion weights in a moment, and the host need not hold one copy a rank
+        model = build_model(config.model, None if checkpoint else config.train.seed)
     balance = None
     if isinstance(model, SeqBoat):
         balance = Balance(config, model, dataset, ranks)
@@ -99,7 +100,6 @@ def _open_owned(
         loader.check_resume(checkpoint.state["data"])
         load_weights(model, checkpoint.model(), str(checkpoint.folder))
     model.checkpoint_activations = config.train.checkpoint_activations
-    model.to(ranks.device)
     if isinstance(model, Llama) and ranks.device.type == "cuda" and config.parallel.zero < 3:
         model.compile_layers()
     if checkpoint is None:

@@ -5,6 +5,7 @@ cast EMA and configurator parameters too. Optimizer states are read and written 
 checkpoint does not depend on the ZeRO stage, the tensor parallelism or the number of ranks that wrote it.
 """
 
+import importlib
 import logging
 import os
 import warnings
@@ -39,6 +40,11 @@ from megaboat.parallel import sequence, tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def preload() -> None:
+    """Import now what DeepSpeed imports when the first engine is made: with all of torch's compiler, seconds of it."""
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+
+
 def connect(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Start the process group: NCCL on GPUs, gloo on CPUs. Addresses come from the environment (`engine.ranks`)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -46,6 +52,8 @@ def connect(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
     # Or DeepSpeed would compile a shared-memory all-reduce for CPUs: a minute of C++, and no compiler may be there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    if ranks.device.type == "cuda":  # DeepSpeed takes the GPU's index from it; a scheduler may show each rank only one
+        os.environ["LOCAL_RANK"] = str(ranks.device.index)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 

@@ -10,14 +10,16 @@ from megaboat.model.seqboat import SeqBoat
 LanguageModel = SeqBoat | Llama
 
 
-def build_model(config: SeqBoatConfig | LlamaConfig, seed: int) -> LanguageModel:
-    """The model on the default device, every parameter drawn from `seed`."""
+def build_model(config: SeqBoatConfig | LlamaConfig, seed: int | None) -> LanguageModel:
+    """The model on the default device, every parameter drawn there from `seed`; None: weights follow from elsewhere."""
     if isinstance(config, LlamaConfig):
         model = Llama(config)
-        llama.initialize(model, seed)
+        if seed is not None:
+            llama.initialize(model, seed)
         return model
     boat = SeqBoat(config)
-    seqboat.initialize(boat, seed)
+    if seed is not None:
+        seqboat.initialize(boat, seed)
     return boat
 
 

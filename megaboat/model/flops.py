@@ -57,11 +57,16 @@ def count_work_by_part(active_LXM: Tensor, cu_seqlens: Tensor, window: int, part
 
 def unit_flops(config: SeqBoatConfig) -> UnitFlops:
     """What a SeqBoat stack with its head spends on a token, an active row and a pair."""
-    d, z, e, n = config.width, config.qk_dim, config.value_dim or 0, config.ema_order
-    every_token = 2 * d * d + 2 * d * config.modules + d * (4 * n + 2) + 3 * 2 * d * (config.ffn_dim or 0)
+    d, z, e = config.width, config.qk_dim, config.value_dim or 0
+    every_token = 2 * d * d + 2 * d * config.modules + ema_flops(config) + 3 * 2 * d * (config.ffn_dim or 0)
     active_row = 2 * d * (z + 2 * e) + 2 * e * d
     pair = 2 * z * (config.heads or 1) + 2 * e
     return UnitFlops(config.layers * every_token + head_flops(config, 1), active_row, pair)
+
+
+def ema_flops(config: SeqBoatConfig) -> int:
+    """Of one layer's moving average for a token, forward: 2 N multiply-adds a channel and the skip."""
+    return config.width * (4 * config.ema_order + 2)
 
 
 def forward_flops(config: SeqBoatConfig, tokens: int, work: Work) -> float:
@@ -80,7 +85,12 @@ def planned_work(config: SeqBoatConfig, tokens: int, length: int, activation: fl
 
 
 def training_flops(
-    config: SeqBoatConfig | LlamaConfig, tokens: int, length: int, activation: float, recomputes: bool = False
+    config: SeqBoatConfig | LlamaConfig,
+    tokens: int,
+    length: int,
+    activation: float,
+    recomputes: bool = False,
+    zero: int = 1,
 ) -> float:
     """Of one step on rows of `length`, each one document; with `recomputes` what is executed, not what is useful."""
     if isinstance(config, LlamaConfig):
@@ -90,8 +100,11 @@ def training_flops(
         last = config.ffn_dim or 0
     if not recomputes:
         return 3 * forward
+    again = 4 * forward - head_flops(config, tokens)
+    if zero == 3:  # its hooks hang on every module's result
+        return again
     # Recomputation stops before the feed-forward's last product: nothing needs its result again.
-    return 4 * forward - head_flops(config, tokens) - config.layers * 2.0 * config.width * last * tokens
+    return again - config.layers * 2.0 * config.width * last * tokens
 
 
 def llama_flops(config: LlamaConfig, tokens: int, length: int) -> float:

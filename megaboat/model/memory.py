@@ -120,18 +120,20 @@ def training_memory(
     held = 2 * P / data if zero == 3 else P  # DeepSpeed 0.19.8 was seen to hold ZeRO-3's part twice
     master = P / data if zero in (1, 2) else 0.0
     gradients = P / data if zero >= 2 else float(P)
-    if zero == 1:
-        gradients += P / data  # its own part again, averaged
     layer = _layer(config, s, tokens, activation, tensor)
     kept = kept_bytes(config, tokens, activation, checkpointing, s, tensor) + (layer if checkpointing else 0)
     casts = s * parameters.linear if bf16 and zero != 3 else 0.0  # ZeRO-3 gathers them in bf16: see `_buffers`
+    activations = kept + casts + _passing(config, s, tokens, activation, tensor)
+    logits = _loss(config, s, tokens, tensor)
+    # When a step begins, activations are gone and ZeRO 1 and 2 copy the part of the gradient that is theirs.
+    late = max(0.0, 4 * P / data - activations - logits) if zero in (1, 2) else 0.0
     return Memory(
         parameters=4 * held,
         gradients=4 * gradients,
         optimizer=8 * P / (data if zero else 1) + 4 * master,
-        activations=kept + casts + _passing(config, s, tokens, activation, tensor),
-        logits=_loss(config, s, tokens, tensor),
-        buffers=_buffers(parameters, zero, data),
+        activations=activations,
+        logits=logits,
+        buffers=_buffers(parameters, zero, data) + late,
     )
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 def stack_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all ranks (equal shapes), stacked in the order of ranks. Not differentiable."""
+    x = x.contiguous()  # `empty_like` would keep another layout, which no backend gathers into
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
+    dist.all_gather(parts, x, group=group)
     return torch.stack(parts)
 
 

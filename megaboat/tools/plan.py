@@ -84,7 +84,7 @@ def flops_table(config: RunConfig, parameters: Parameters, activation: float) ->
     shares = sorted({activation, 1.0}) if isinstance(config.model, SeqBoatConfig) else [1.0]
     for share in shares:
         useful = training_flops(config.model, 1, length, share) / 1e9
-        executed = training_flops(config.model, 1, length, share, recomputes=True) / 1e9
+        executed = training_flops(config.model, 1, length, share, True, config.parallel.zero) / 1e9
         lines.append(f"{'':<40}{useful:10.3f}  at activation {share:g}; {executed:.3f} with recomputation")
     return "\n".join(lines)
 

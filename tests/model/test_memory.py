@@ -1,5 +1,6 @@
 """The plan's bytes against bytes counted: parameters, what a forward pass keeps, states under DeepSpeed."""
 
+import gc
 import json
 import os
 import subprocess
@@ -12,12 +13,15 @@ from torch import nn
 
 from megaboat.config import build_config
 from megaboat.engine.deepspeed import Engine
+from megaboat.engine.evaluate import documents
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.model.build import build_model
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.memory import count_parameters, kept_bytes, training_memory
+from megaboat.parallel.tensor import CUT
+from megaboat.tools.bench_scale_rank import share
 from tests.distributed import run_on_ranks
 from tests.model.live import LiveBytes
 
@@ -87,21 +91,34 @@ def test_a_forward_pass_keeps_what_is_planned() -> None:
         assert found - weights - head - small == pytest.approx(kept, rel=0.1), name
 
 
-def states(ranks: Ranks, config: RunConfig) -> int:
-    """Bytes that are there between two steps, DeepSpeed's buckets left out."""
+def states(ranks: Ranks, config: RunConfig) -> tuple[int, int]:
+    """Bytes between two steps and between two micro-batches of a step; DeepSpeed's buckets left out."""
+    ranks = ranks.in_mesh(config.parallel.tensor, config.parallel.sequence)
     with LiveBytes(large=1 << 29) as live:
         engine = Engine(build_model(config.model, 0), config, ranks)
+        engine.train()
         assert engine.names
-        return live.now
+        between_steps = live.now
+        batch = share(config, ranks, 0).micro_batches(1)[0]
+        engine.backward(engine(batch.tokens_BT, documents(batch), batch.targets_BT).nll)
+        gc.collect()
+        return between_steps, live.now
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_states_are_as_large_as_planned(zero: int) -> None:
+LAYOUTS = [(0, 1, 1), (1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (3, 2, 1), (2, 1, 2)]
+
+
+@pytest.mark.parametrize(("zero", "tensor", "sequence"), LAYOUTS)
+def test_states_are_as_large_as_planned(zero: int, tensor: int, sequence: int) -> None:
     model = {"vocab_size": 512, "layers": 1, "width": 512, "qk_dim": 256, "window": 16}
-    train = {"global_batch": 2, "micro_batch": 1, "precision": "bf16"}
-    config = build_config(RunConfig, {"model": model, "train": train, "parallel": {"zero": zero}}, "the test")
-    planned = training_memory(config.model, count_parameters(config.model), 64, zero=zero, data=2)
-    # ZeRO-3 holds the buffer of its gradients from the start.
-    expected = planned.parameters + planned.optimizer + (planned.gradients if zero == 3 else 0)
-    for found in run_on_ranks(states, 2, config, timeout=240):
-        assert found == pytest.approx(expected, rel=0.1)
+    train = {"global_batch": 4 // tensor // sequence, "micro_batch": 1, "precision": "bf16"}
+    parallel = {"zero": zero, "tensor": tensor, "sequence": sequence}
+    tree = {"model": model, "train": train, "parallel": parallel, "data": {"seq_len": 64}}
+    config = build_config(RunConfig, tree, "the test")
+    parameters = count_parameters(config.model, CUT if tensor > 1 else None, tensor)
+    planned = training_memory(config.model, parameters, 64, zero=zero, data=2 // tensor, tensor=tensor)
+    lasting = planned.parameters + planned.optimizer
+    for between_steps, within in run_on_ranks(states, 2, config, timeout=240):
+        # ZeRO-3 holds the buffer of its gradients from the start.
+        assert between_steps == pytest.approx(lasting + (planned.gradients if zero == 3 else 0), rel=0.1)
+        assert within == pytest.approx(lasting + planned.gradients, rel=0.1)
