@@ -14,8 +14,10 @@ from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
 
 CONFIGS = sorted(
-    path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not path.stem.startswith("study_")
-)  # studies are grids over these: tests/tools/test_study.py
+    path
+    for path in (Path(__file__).parents[1] / "configs").glob("*.yaml")
+    if not path.stem.startswith(("study_", "listops"))  # tests/tools/test_study.py, test_listops.py
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

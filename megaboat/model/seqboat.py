@@ -201,7 +201,8 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
             module.expansion[:, 0::2] += 1
             module.expansion[:, 1::2] -= 1
             truncated(module.projection, 1.0)
-            truncated(module.skip, 1.0)
+            if module.skip is not None:  # two directions share one
+                truncated(module.skip, 1.0)
         case Configurator():
             module.center_D.zero_()
             module.threshold_M.zero_()

@@ -1,0 +1,107 @@
+"""A bidirectional SeqBoat that classifies sequences: the published encoder (SeqBoat, section 3.2) with its head."""
+
+import pydantic
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megaboat.config import Section
+from megaboat.layers.bidirectional import BidirectionalEMA, BidirectionalGAU
+from megaboat.layers.configurator import Configurator, Routing, initial_log_temperature
+from megaboat.layers.documents import Documents
+from megaboat.layers.norm import LayerNorm
+from megaboat.layers.sma import SparseModularActivation
+from megaboat.model.config import SeqBoatConfig
+from megaboat.model.seqboat import initialize_module
+
+
+class ClassifierConfig(Section):
+    """A bidirectional SeqBoat with a classification head."""
+
+    layers: int = pydantic.Field(6, gt=0)
+    """Blocks, one after the other."""
+    width: int = pydantic.Field(80, gt=0)
+    """Numbers that describe a symbol between blocks (D)."""
+    qk_dim: int = pydantic.Field(64, gt=0)
+    """Shared query/key width Z."""
+    value_dim: int = pydantic.Field(160, gt=0)
+    """Value width E."""
+    ema_order: int = pydantic.Field(16, gt=0, le=64)
+    """States of the moving average a channel and direction (N)."""
+    window: int = pydantic.Field(128, gt=0)
+    """An active symbol sees itself and this many active symbols on either side."""
+    max_length: int = pydantic.Field(2002, gt=1)
+    """Symbols of the longest sequence: the table of distances reaches as far."""
+    temperature_scale: float = pydantic.Field(0.3, gt=0)
+    """Initial temperature of the configurator in units of sqrt(width)."""
+    dropout: float = pydantic.Field(0.1, ge=0, lt=1)
+    """Share of the numbers set to zero in training."""
+
+
+class EncoderBlock(nn.Module):
+    """x -> norm( SiLU( linear(h) + sma(h) + x ) ) with h = SiLU(EMA(x)): the encoder form, normalised behind."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.ema = BidirectionalEMA(width, config.ema_order)
+        self.linear = nn.Linear(width, width)
+        unit = BidirectionalGAU(width, config.qk_dim, config.value_dim, config.window, config.max_length - 1)
+        self.sma = SparseModularActivation(width, [unit])
+        self.norm = LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, docs: Documents, kept_BT: Tensor) -> tuple[Tensor, Routing]:
+        """The layer's output and its decisions; padding activates nothing."""
+        h_BTD = self.dropout(self.ema(x_BTD, kept_BT))
+        routing = self.sma.route(h_BTD)
+        kept_X1 = kept_BT.reshape(-1, 1)
+        routing = routing._replace(active_XM=routing.active_XM & kept_X1, confidence_XM=routing.confidence_XM * kept_X1)
+        gated_BTD = self.dropout(self.sma(h_BTD, routing, docs))
+        return self.norm(F.silu(self.linear(h_BTD) + gated_BTD + x_BTD)), routing
+
+
+class SeqBoatClassifier(nn.Module):
+    """Symbols to classes: embedding, encoder blocks, mean over the sequence, two linear maps."""
+
+    def __init__(self, config: ClassifierConfig, symbols: int, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.embedding = nn.Embedding(symbols, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
+        self.hidden = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(2 * width, classes, bias=False)
+
+    def forward(self, symbols_BT: Tensor, pad: int) -> tuple[Tensor, list[Routing]]:
+        """Logits (B, classes) and each layer's decisions. A row's output does not depend on the others, nor on its
+        padding, which stands behind it."""
+        kept_BT = symbols_BT != pad
+        B, T = symbols_BT.shape
+        docs = Documents.whole(B, T, symbols_BT.device)
+        x_BTD = self.dropout(self.embedding(symbols_BT) * self.config.width**0.5)
+        routings = []
+        for block in self.blocks:
+            x_BTD, routing = block(x_BTD, docs, kept_BT)
+            routings.append(routing)
+        mean_BD = (x_BTD * kept_BT[..., None]).sum(1) / kept_BT.sum(1, keepdim=True)
+        return self.out(F.gelu(self.hidden(mean_BD))), routings
+
+
+@torch.no_grad()
+def build_classifier(config: ClassifierConfig, symbols: int, classes: int, seed: int) -> SeqBoatClassifier:
+    """On the default device, every parameter drawn from `seed`: as in the language model, the head by Xavier."""
+    model = SeqBoatClassifier(config, symbols, classes)
+    shared = ("layers", "width", "qk_dim", "value_dim", "ema_order", "window", "temperature_scale")
+    like = SeqBoatConfig(block="paper", **{name: getattr(config, name) for name in shared})
+    generator = torch.Generator(device=model.embedding.weight.device).manual_seed(seed)
+    for module in model.modules():
+        initialize_module(module, like, generator)
+        if isinstance(module, Configurator):
+            module.log_temperature.fill_(initial_log_temperature(config.width, config.temperature_scale))
+        if isinstance(module, BidirectionalGAU):
+            nn.init.trunc_normal_(module.distance, 0.0, 0.02, -0.04, 0.04, generator=generator)
+    for layer in (model.hidden, model.out):
+        nn.init.xavier_uniform_(layer.weight, generator=generator)
+    return model
