@@ -205,7 +205,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            left, right = args[-2:]
+            left, right = [x for x in args if isinstance(x, Tensor)][-2:]  # a bias may be before them, a dtype behind
             self.flops += 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
         return function(*args, **(kwargs or {}))
 
