@@ -65,12 +65,25 @@ class WorkingMemory:
         v_KE = torch.cat([self.v_BSE[old_row, old_slot], v_RE.to(self.v_BSE.dtype)])[order]
         positions_K = torch.cat([self.positions_BS[old_row, old_slot], positions_R])[order]
 
-        opening_B = torch.searchsorted(docs.cu_seqlens, torch.arange(B, device=order.device, dtype=torch.int32) * T)
+        opening_B = _opening_documents(docs)
         length_S = rows.cu_seqlens.diff().long().index_add(0, opening_B, kept_BS.sum(1))
         cu_k = torch.cat([length_S.new_zeros(1), length_S.cumsum(0)])
         keys = KeyRows(z_KZ, v_KE, positions_K, cu_k.int())
-        self._remember(keys, torch.cat([opening_B[1:], opening_B.new_tensor([len(length_S)])]) - 1)
+        self.remember(keys, docs)
         return keys
+
+    def remember(self, keys: KeyRows, docs: Documents) -> None:
+        """Keep the last S rows of each row's last document, and nothing else."""
+        opening_B = _opening_documents(docs)
+        last_document_B = torch.nn.functional.pad(opening_B[1:], (0, 1), value=len(keys.cu_seqlens) - 1) - 1
+        slots = self.z_BSZ.shape[1]
+        end_B = keys.cu_seqlens[last_document_B + 1].long()
+        self.count_B = (end_B - keys.cu_seqlens[last_document_B].long()).clamp_max(slots)
+        slot = torch.arange(slots, device=end_B.device)
+        source_BS = (end_B - self.count_B)[:, None] + slot
+        filled_BS = slot < self.count_B[:, None]
+        taken = [_taken(x, source_BS, filled_BS) for x in (keys.z_KZ, keys.v_KE, keys.positions_K)]
+        self.z_BSZ, self.v_BSE, self.positions_BS = taken if self.keep_graph else [x.detach() for x in taken]
 
     def tensors(self) -> list[Tensor]:
         """All that is remembered."""
@@ -86,19 +99,17 @@ class WorkingMemory:
         start_B = torch.where(self.count_B >= slots, self.count_B % slots, 0)
         return (start_B[:, None] + torch.arange(slots, device=start_B.device)) % slots
 
-    def _remember(self, keys: KeyRows, last_document_B: Tensor) -> None:
-        slots = self.z_BSZ.shape[1]
-        end_B = keys.cu_seqlens[last_document_B + 1].long()
-        self.count_B = (end_B - keys.cu_seqlens[last_document_B].long()).clamp_max(slots)
-        slot = torch.arange(slots, device=end_B.device)
-        source_BS = (end_B - self.count_B)[:, None] + slot
-        filled_BS = slot < self.count_B[:, None]
-        source_BS = torch.where(filled_BS, source_BS, len(keys.positions_K))  # one row of zeros past the end
-        self.z_BSZ, self.v_BSE = _padded(keys.z_KZ)[source_BS], _padded(keys.v_KE)[source_BS]
-        if not self.keep_graph:
-            self.z_BSZ, self.v_BSE = self.z_BSZ.detach(), self.v_BSE.detach()
-        self.positions_BS = _padded(keys.positions_K)[source_BS]
+
+def _opening_documents(docs: Documents) -> Tensor:
+    """The document in which each row begins, (B,)."""
+    B, T = docs.shape
+    starts_B = torch.arange(B, device=docs.cu_seqlens.device, dtype=torch.int32) * T
+    return torch.searchsorted(docs.cu_seqlens, starts_B)
 
 
-def _padded(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+def _taken(x_K: Tensor, index_BS: Tensor, filled_BS: Tensor) -> Tensor:
+    """x[index], zeros where not filled; x may have no rows."""
+    if len(x_K) == 0:
+        x_K = torch.cat([x_K, x_K.new_zeros(1, *x_K.shape[1:])])  # still of x's graph
+    taken_BS = x_K[index_BS.clamp_max(len(x_K) - 1)]
+    return taken_BS.masked_fill(~filled_BS.view(*filled_BS.shape, *(1,) * (x_K.ndim - 1)), 0)

@@ -18,7 +18,7 @@ from megaboat.kernels import ActiveRows
 from megaboat.layers.documents import Documents
 from megaboat.layers.ema import DampedEMA
 from megaboat.layers.gau import GatedAttentionUnit
-from megaboat.layers.memory import WorkingMemory
+from megaboat.layers.memory import KeyRows, WorkingMemory
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.seqboat import SeqBoat
 from megaboat.parallel.collectives import add_up, stack_ranks
@@ -85,7 +85,7 @@ def earlier_rows(
     """The last `window` activated rows before this rank's piece, of the document that its first token continues."""
     B, Z = docs.shape[0], z_RZ.shape[1]
     memory = WorkingMemory(B, window - 1, Z, v_RE.shape[1], z_RZ, keep_graph=True)
-    memory.extend(z_RZ, v_RE, positions_R, rows, docs)  # an empty memory: what it keeps is this piece's own end
+    memory.remember(KeyRows(z_RZ, v_RE, positions_R, rows.cu_seqlens), docs)  # this piece's own end
     rows_SBWF = _Gather.apply(torch.cat([memory.z_BSZ, memory.v_BSE], -1), group)
     through_B1 = ~docs.first_BT.any(1, keepdim=True)
     facts = stack_ranks(torch.cat([memory.positions_BS, memory.count_B[:, None], through_B1], 1), group)
