@@ -2,12 +2,14 @@
 
 from megaboat.kernels.attention import windowed_attention
 from megaboat.kernels.ema import ema
+from megaboat.kernels.fan import fan_out
 from megaboat.kernels.gate import silu_gate
 from megaboat.kernels.join import join_rows
+from megaboat.kernels.linear import linear
 from megaboat.kernels.loss import linear_cross_entropy, token_nll
 from megaboat.kernels.loss_sharded import sharded_cross_entropy, sharded_token_nll
 from megaboat.kernels.margin import margins
-from megaboat.kernels.norm import layer_norm
+from megaboat.kernels.norm import branch_norm, layer_norm
 from megaboat.kernels.rotary import rotary_heads
 from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, plan_rows
 
@@ -15,11 +17,14 @@ __all__ = [
     "ActiveRows",
     "PendingRows",
     "begin_plan",
+    "branch_norm",
     "compress",
     "ema",
     "extract",
+    "fan_out",
     "join_rows",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "margins",
     "plan_rows",

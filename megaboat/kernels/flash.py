@@ -56,8 +56,8 @@ def flash_attention(
     width = min(columns, HEAD_WIDTH)
     parts = -(-columns // width)
     head = -(-max(width, Z) // 8) * 8  # kernels read 16 bytes at a time
-    v_KGE = torch.nn.functional.pad(v_KE.unflatten(1, (G, columns)), (0, parts * width - columns))
-    v_KHd = torch.nn.functional.pad(v_KGE.reshape(len(v_KE), G * parts, width), (0, head - width))
+    v_KGE = _widened(v_KE.unflatten(1, (G, columns)), parts * width)
+    v_KHd = _widened(v_KGE.reshape(len(v_KE), G * parts, width), head)
     attend = backends()[_best(q_RGZ.device.index) if backend == "auto" else backend]
     o_RHd = attend(
         _repeat(q_RGZ, parts, head), _repeat(k_KGZ, parts, head), v_KHd, cu_q, cu_k, max_q, max_k, window, scale
@@ -68,8 +68,13 @@ def flash_attention(
 def _repeat(x_RGZ: Tensor, parts: int, head: int) -> Tensor:
     """(R, G * parts, head): each score head serves `parts` value heads; without a copy when there is one."""
     R, G, Z = x_RGZ.shape
-    x_RGZ = torch.nn.functional.pad(x_RGZ, (0, head - Z))
+    x_RGZ = _widened(x_RGZ, head)
     return x_RGZ[:, :, None].expand(R, G, parts, head).reshape(R, G * parts, head)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """Zeros to the right up to `width` columns; `pad` would copy where none are missing."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 @cache

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-CHUNK = 4096  # tokens whose logits exist at one time: 4096 x 50k fp32 logits are 0.8 GB
+CHUNK = 8192  # tokens whose logits exist at one time: 8192 x 50k logits in bf16 are 0.8 GB
 
 
 def linear_cross_entropy(h_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ignore_index: int = -100) -> Tensor:
@@ -65,4 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dtotal):  # type: ignore[no-untyped-def]
         dh_XD, dw_VD = ctx.saved_tensors
-        return dh_XD * dtotal.to(dh_XD.dtype), dw_VD * dtotal.to(dw_VD.dtype), None, None
+        # In fp32, chunk by chunk: 1 / targets in bf16 would be up to 0.4 % off, and with it every gradient below.
+        scaled_XD = torch.empty_like(dh_XD)
+        for scaled, dh in zip(scaled_XD.split(CHUNK), dh_XD.split(CHUNK), strict=True):
+            scaled.copy_(dh.to(dtotal.dtype) * dtotal)
+        return scaled_XD, dw_VD * dtotal.to(dw_VD.dtype), None, None

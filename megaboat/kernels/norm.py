@@ -6,6 +6,15 @@ from torch import Tensor
 EPS = 1e-5
 
 
+def branch_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """`layer_norm(x)` and x itself. Who goes on with that x has the two gradients of x added in one pass."""
+    if x.is_cuda and x.dtype != torch.float64:
+        from megaboat.kernels.norm_triton import branch_norm_triton
+
+        return branch_norm_triton(x, weight_D, bias_D, eps)
+    return layer_norm(x, weight_D, bias_D, eps), x
+
+
 def layer_norm(x: Tensor, weight_D: Tensor | None = None, bias_D: Tensor | None = None, eps: float = EPS) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the last dimension, then scale and shift where given; the dtype of x."""
     if x.is_cuda and x.dtype != torch.float64:

@@ -14,6 +14,11 @@ PROGRAMS = 528  # four on each of a Hopper's 132 multiprocessors: rows enough in
 
 def layer_norm_triton(x: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, eps: float) -> Tensor:
     """`norm.layer_norm` for x in bf16, fp16 or fp32 of any shape."""
+    return _LayerNorm.apply(x, weight_D, bias_D, eps)[0]
+
+
+def branch_norm_triton(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`norm.branch_norm` likewise."""
     return _LayerNorm.apply(x, weight_D, bias_D, eps)
 
 
@@ -29,20 +34,24 @@ class _LayerNorm(torch.autograd.Function):
                 x_XD, weight_D, bias_D, y_XD, stats_X2, D, eps, weight_D is not None, triton.next_power_of_2(D)
             )
         ctx.save_for_backward(x_XD, weight_D, stats_X2)
-        return y_XD.view_as(x)
+        ctx.set_materialize_grads(False)  # there is no second gradient where nobody goes on with x
+        return y_XD.view_as(x), x.view_as(x)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy, dx):  # type: ignore[no-untyped-def]
+        if dy is None:
+            return dx, None, None, None
         x_XD, weight_D, stats_X2 = ctx.saved_tensors
         X, D = x_XD.shape
         affine = weight_D is not None
         dx_XD = torch.empty_like(x_XD)
+        beside = dx is not None
         programs = min(X, PROGRAMS)
         partial_P2D = x_XD.new_empty(programs if affine else 0, 2, D, dtype=torch.float32)
         if X > 0:
             norm_bwd_kernel[(programs,)](
-                x_XD, weight_D, stats_X2, dy.contiguous(), dx_XD, partial_P2D, X, D, affine,
-                triton.next_power_of_2(D), num_warps=8,
+                x_XD, weight_D, stats_X2, dy.contiguous(), dx.contiguous() if beside else dx_XD, dx_XD, partial_P2D,
+                X, D, affine, beside, triton.next_power_of_2(D), num_warps=8,
             )  # fmt: skip
         if not affine:
             return dx_XD.view_as(dy), None, None, None
@@ -68,7 +77,9 @@ def norm_fwd_kernel(x, weight, bias, y, stats, D, eps, AFFINE: tl.constexpr, BD:
 
 
 @triton.jit
-def norm_bwd_kernel(x, weight, stats, dy, dx, partial, X, D, AFFINE: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+def norm_bwd_kernel(  # type: ignore[no-untyped-def]
+    x, weight, stats, dy, beside, dx, partial, X, D, AFFINE: tl.constexpr, BESIDE: tl.constexpr, BD: tl.constexpr
+):
     i_p = tl.program_id(0).to(tl.int64)  # so that i_x is too
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -87,6 +98,8 @@ def norm_bwd_kernel(x, weight, stats, dy, dx, partial, X, D, AFFINE: tl.constexp
         b_dnormal = b_dy * b_weight
         along = tl.sum(b_dnormal * b_normal, axis=0) / D
         b_dx = (b_dnormal - tl.sum(b_dnormal, axis=0) / D - b_normal * along) * rstd
+        if BESIDE:
+            b_dx += tl.load(beside + i_x * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         tl.store(dx + i_x * D + o_d, b_dx.to(dx.dtype.element_ty), mask=m_d)
     if AFFINE:
         p_partial = partial + i_p * 2 * D + o_d

@@ -1,5 +1,8 @@
 """Queries or keys of every head from the shared z: scale, shift, and rotate by position (RoPE, Su et al. 2021)."""
 
+import math
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ def rotary_heads(z_RZ: Tensor, scale_GZ: Tensor, bias_GZ: Tensor, positions_R: T
     if z_RZ.is_cuda and z_RZ.dtype != torch.float64:
         from megaboat.kernels.rotary_triton import rotary_heads_triton
 
-        return rotary_heads_triton(z_RZ, scale_GZ, bias_GZ, positions_R, frequencies(z_RZ, base))
+        return rotary_heads_triton(z_RZ, scale_GZ, bias_GZ, positions_R, turns(z_RZ.shape[-1], base, z_RZ.device))
     return rotate(z_RZ[:, None] * scale_GZ.to(z_RZ.dtype) + bias_GZ.to(z_RZ.dtype), positions_R, base)
 
 
@@ -19,14 +22,14 @@ def rotate(x_RGZ: Tensor, positions_R: Tensor, base: float = 10000.0) -> Tensor:
     The angle is computed in fp64: at position 10^6 an fp32 product would be off by 0.06 radians.
     """
     Z = x_RGZ.shape[-1]
-    angle = positions_R.double()[:, None, None] * frequencies(x_RGZ, base)
+    angle = positions_R.double()[:, None, None] * (math.tau * turns(Z, base, x_RGZ.device))
     precise = torch.promote_types(x_RGZ.dtype, torch.float32)
     cos, sin = angle.cos().to(precise), angle.sin().to(precise)
     even, odd = x_RGZ.to(precise).unflatten(-1, (Z // 2, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_RGZ.dtype)
 
 
-def frequencies(x: Tensor, base: float) -> Tensor:
-    """Radians a position of each pair of x's last dimension, (Z / 2,) fp64."""
-    Z = x.shape[-1]
-    return base ** (-torch.arange(0, Z, 2, device=x.device, dtype=torch.float64) / Z)
+@cache
+def turns(Z: int, base: float, device: torch.device) -> Tensor:
+    """Turns a position of each pair of Z dimensions, (Z / 2,) fp64."""
+    return base ** (-torch.arange(0, Z, 2, device=device, dtype=torch.float64) / Z) / math.tau

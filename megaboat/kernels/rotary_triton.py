@@ -5,8 +5,6 @@ A program takes BR rows; their angles' sines and cosines, which all heads share,
 over its rows and are added up by one small sum, so they are deterministic.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -16,36 +14,36 @@ ROWS = 16
 
 
 def rotary_heads_triton(
-    z_RZ: Tensor, scale_GZ: Tensor, bias_GZ: Tensor, positions_R: Tensor, frequency_P: Tensor
+    z_RZ: Tensor, scale_GZ: Tensor, bias_GZ: Tensor, positions_R: Tensor, turns_P: Tensor
 ) -> Tensor:
-    """`rotary.rotary_heads` for z in bf16, fp16 or fp32; frequency_P: fp64, radians a position of each pair."""
-    return _RotaryHeads.apply(z_RZ, scale_GZ, bias_GZ, positions_R, frequency_P / math.tau)
+    """`rotary.rotary_heads` for z in bf16, fp16 or fp32; turns_P: fp64, turns a position of each pair."""
+    return _RotaryHeads.apply(z_RZ, scale_GZ, bias_GZ, positions_R, turns_P)
 
 
 class _RotaryHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z_RZ, scale_GZ, bias_GZ, positions_R, frequency_P):  # type: ignore[no-untyped-def]
+    def forward(ctx, z_RZ, scale_GZ, bias_GZ, positions_R, turns_P):  # type: ignore[no-untyped-def]
         z_RZ, positions_R = z_RZ.contiguous(), positions_R.contiguous()
         (R, Z), G = z_RZ.shape, len(scale_GZ)
         out_RGZ = z_RZ.new_empty(R, G, Z)
         if R > 0:
             rotary_fwd_kernel[(triton.cdiv(R, ROWS),)](
-                z_RZ, scale_GZ.contiguous(), bias_GZ.contiguous(), positions_R, frequency_P, out_RGZ, R, G, Z // 2,
+                z_RZ, scale_GZ.contiguous(), bias_GZ.contiguous(), positions_R, turns_P, out_RGZ, R, G, Z // 2,
                 ROWS, triton.next_power_of_2(Z // 2),
             )  # fmt: skip
-        ctx.save_for_backward(z_RZ, scale_GZ, positions_R, frequency_P)
+        ctx.save_for_backward(z_RZ, scale_GZ, positions_R, turns_P)
         return out_RGZ
 
     @staticmethod
     def backward(ctx, dout_RGZ):  # type: ignore[no-untyped-def]
-        z_RZ, scale_GZ, positions_R, frequency_P = ctx.saved_tensors
+        z_RZ, scale_GZ, positions_R, turns_P = ctx.saved_tensors
         (R, Z), G = z_RZ.shape, len(scale_GZ)
         dz_RZ = torch.empty_like(z_RZ)
         programs = triton.cdiv(R, ROWS)
         partial_P2GZ = z_RZ.new_empty(programs, 2, G, Z, dtype=torch.float32)
         if R > 0:
             rotary_bwd_kernel[(programs,)](
-                z_RZ, scale_GZ.contiguous(), positions_R, frequency_P, dout_RGZ.contiguous(), dz_RZ, partial_P2GZ,
+                z_RZ, scale_GZ.contiguous(), positions_R, turns_P, dout_RGZ.contiguous(), dz_RZ, partial_P2GZ,
                 R, G, Z // 2, ROWS, triton.next_power_of_2(Z // 2),
             )  # fmt: skip
         dscale_GZ, dbias_GZ = partial_P2GZ.sum(0).to(scale_GZ.dtype)

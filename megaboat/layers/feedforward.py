@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from megaboat import kernels
+from megaboat.layers.linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -10,9 +11,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = Linear(width, hidden, bias=False)
+        self.up = Linear(width, hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(kernels.silu_gate(self.gate(x), self.up(x)))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from megaboat import kernels
 from megaboat.kernels import ActiveRows
 from megaboat.layers.documents import Documents
+from megaboat.layers.linear import Linear
 from megaboat.layers.memory import KeyRows, WorkingMemory
 
 
@@ -26,10 +27,10 @@ class GatedAttentionUnit(nn.Module):
         super().__init__()
         self.window, self.rope_base = window, rope_base
         self.qk_dim, self.value_dim = qk_dim, value_dim
-        self.z = nn.Linear(width, qk_dim)
-        self.r = nn.Linear(width, value_dim)
-        self.v = nn.Linear(width, value_dim)
-        self.o = nn.Linear(value_dim, width)
+        self.z = Linear(width, qk_dim)
+        self.r = Linear(width, value_dim)
+        self.v = Linear(width, value_dim)
+        self.o = Linear(value_dim, width)
         self.scale_q = nn.Parameter(torch.empty(heads, qk_dim))
         self.bias_q = nn.Parameter(torch.empty(heads, qk_dim))
         self.scale_k = nn.Parameter(torch.empty(heads, qk_dim))
@@ -39,7 +40,10 @@ class GatedAttentionUnit(nn.Module):
 
     def forward(self, h_RD: Tensor, rows: ActiveRows, docs: Documents, memory: WorkingMemory | None = None) -> Tensor:
         """(R, D) -> (R, D). Runs on zero rows too, so that its parameters are always in the autograd graph."""
-        z_RZ, v_RE = F.silu(self.z(h_RD)), F.silu(self.v(h_RD))
+        for_z_RD, for_v_RD, for_r_RD = kernels.fan_out(h_RD, 3)
+        # The two large products first: the device works on them while the host launches the many small passes after.
+        v_RE, r_RE = F.silu(self.v(for_v_RD)), self.r(for_r_RD)
+        z_RZ = F.silu(self.z(for_z_RD))
         positions_R = docs.positions_BT.reshape(-1)[rows.token_R]
         if self.recall is not None:
             memory = self.recall(z_RZ, v_RE, positions_R, rows, docs)
@@ -54,7 +58,7 @@ class GatedAttentionUnit(nn.Module):
         o_RE = kernels.windowed_attention(
             q_RGZ, k_KGZ, keys.v_KE, rows.cu_seqlens, cu_k, self.window, scale, rows.longest
         )
-        return self.o(kernels.silu_gate(self.r(h_RD), o_RE))
+        return self.o(kernels.silu_gate(r_RE, o_RE))
 
     def step(self, h_BD: Tensor, active_B: Tensor, positions_B: Tensor, memory: WorkingMemory) -> Tensor:
         """One token of each row against the ring, dense over B and of static shape; inactive rows' output is unused."""

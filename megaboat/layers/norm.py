@@ -17,3 +17,11 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return kernels.layer_norm(x, self.weight, self.bias)
+
+
+class BranchNorm(LayerNorm):
+    """A layer norm where a residual path parts: gives the normalised x, and x for that path."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        with torch.autocast(x.device.type, enabled=False):
+            return kernels.branch_norm(x, self.weight, self.bias)

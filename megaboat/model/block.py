@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megaboat import kernels
 from megaboat.layers.configurator import Routing
 from megaboat.layers.documents import Documents
 from megaboat.layers.ema import DampedEMA
 from megaboat.layers.feedforward import FeedForward
 from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.layers.linear import Linear
 from megaboat.layers.memory import WorkingMemory
-from megaboat.layers.norm import LayerNorm
+from megaboat.layers.norm import BranchNorm
 from megaboat.layers.sma import SparseModularActivation
 from megaboat.model.config import SeqBoatConfig
 
@@ -32,16 +34,16 @@ class SeqBoatBlock(nn.Module):
         width, value_dim, heads = config.width, config.value_dim, config.heads
         assert value_dim is not None, "filled from the style by the config's validator"
         assert heads is not None, "as is this"
-        self.norm = LayerNorm(width)
+        self.norm = BranchNorm(width)
         self.ema = DampedEMA(width, config.ema_order)
-        self.linear = nn.Linear(width, width)
+        self.linear = Linear(width, width)
         units = [
             GatedAttentionUnit(width, config.qk_dim, value_dim, config.window, heads, config.rope_base)
             for _ in range(config.modules)
         ]
         self.sma = SparseModularActivation(width, units, config.configurator)
         self.dropout = nn.Dropout(config.dropout)
-        self.ffn_norm = LayerNorm(width) if config.ffn_dim else None
+        self.ffn_norm = BranchNorm(width) if config.ffn_dim else None
         self.ffn = FeedForward(width, config.ffn_dim) if config.ffn_dim else None
 
     def forward(
@@ -52,12 +54,14 @@ class SeqBoatBlock(nn.Module):
         active_XM: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """The layer's output and its decisions. A `state` is read and brought up to date in place."""
-        h_BTD, ema_BDN = self.ema(self.norm(x_BTD), docs.first_BT, state.ema_BDN if state else None)
+        normal_BTD, x_BTD = self.norm(x_BTD)
+        h_BTD, ema_BDN = self.ema(normal_BTD, docs.first_BT, state.ema_BDN if state else None)
         h_BTD = self.dropout(h_BTD)
-        routing = self.sma.route(h_BTD, active_XM)
+        for_route_BTD, for_linear_BTD, h_BTD = kernels.fan_out(h_BTD, 3)
+        routing = self.sma.route(for_route_BTD, active_XM)
         # The linear map runs between the plan and its use, so that the host does not wait for the plan's sizes.
         plans = self.sma.plan(routing, docs)
-        base_BTD = self.linear(h_BTD)
+        base_BTD = self.linear(for_linear_BTD)
         memories = state.memories if state else None
         if self.training and self.dropout.p > 0:
             y_BTD = self.sma(h_BTD, routing, docs, memories, plans, base_BTD)
@@ -70,7 +74,7 @@ class SeqBoatBlock(nn.Module):
 
     def step(self, x_BD: Tensor, positions_B: Tensor, state: LayerState) -> tuple[Tensor, Routing]:
         """One token of each row: constant time and memory, no host synchronisation, `state` written where it lies."""
-        h_BD, ema_BDN = self.ema.step(self.norm(x_BD), state.ema_BDN)
+        h_BD, ema_BDN = self.ema.step(self.norm(x_BD)[0], state.ema_BDN)
         state.ema_BDN.copy_(ema_BDN)
         routing = self.sma.route(h_BD[:, None])
         y_BD = self.linear(h_BD) + self.sma.step(h_BD, routing, positions_B, state.memories)
@@ -85,4 +89,5 @@ class SeqBoatBlock(nn.Module):
     def _feed_forward(self, x: Tensor) -> Tensor:
         if self.ffn is None:
             return x
-        return x + self.dropout(self.ffn(self.ffn_norm(x))).to(x.dtype)
+        normal, x = self.ffn_norm(x)
+        return x + self.dropout(self.ffn(normal)).to(x.dtype)

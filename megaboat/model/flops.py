@@ -44,9 +44,9 @@ def count_work(active_LXM: Tensor, cu_seqlens: Tensor, window: int) -> Work:
 
 def count_work_by_part(active_LXM: Tensor, cu_seqlens: Tensor, window: int, parts: int) -> Work:
     """The same for each of `parts` equal parts of the X tokens, whose borders are document borders: (parts, L, M)."""
-    count_LXM = active_LXM.long().cumsum(1)
-    zero = torch.zeros_like(count_LXM[:, :1])
-    rows_LSM = torch.cat([zero, count_LXM], 1)[:, cu_seqlens.long()].diff(dim=1)
+    count_LMX = active_LXM.transpose(1, 2).contiguous().cumsum(2)  # GPUs sum slowly along another dimension
+    before_LMX = torch.nn.functional.pad(count_LMX, (1, 0))
+    rows_LSM = before_LMX[..., cu_seqlens.long()].diff(dim=2).transpose(1, 2)
     inside = rows_LSM.clamp_max(window + 1)
     pairs_LSM = inside * (inside + 1) // 2 + (rows_LSM - inside) * (window + 1)
     part_S = cu_seqlens[:-1].long() * parts // active_LXM.shape[1]

@@ -13,6 +13,7 @@ from torch import nn
 
 from megaboat.kernels.flash import HEAD_WIDTH
 from megaboat.kernels.loss import CHUNK
+from megaboat.layers.linear import Linear
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.llama import Llama
 from megaboat.model.seqboat import SeqBoat
@@ -68,7 +69,7 @@ def count_parameters(config: SeqBoatConfig | LlamaConfig, cut: Cut | None = None
             whole += parameter.numel()
             size = parameter.numel() // (tensor if name in parts else 1)
             holder = module.get_submodule(name.rpartition(".")[0])
-            if type(holder) is nn.Linear:
+            if type(holder) in (nn.Linear, Linear):
                 linear += size
             else:
                 other += size
@@ -123,6 +124,8 @@ def training_memory(
     layer = _layer(config, s, tokens, activation, tensor)
     kept = kept_bytes(config, tokens, activation, checkpointing, s, tensor) + (layer if checkpointing else 0)
     casts = s * parameters.linear if bf16 and zero != 3 else 0.0  # ZeRO-3 gathers them in bf16: see `_buffers`
+    if checkpointing:
+        casts /= config.layers  # each layer's, while it is recomputed
     activations = kept + casts + _passing(config, s, tokens, activation, tensor)
     logits = _loss(config, s, tokens, tensor)
     # When a step begins, activations are gone and ZeRO 1 and 2 copy the part of the gradient that is theirs.

@@ -133,7 +133,7 @@ class SeqBoat(nn.Module):
         self.eval()
         x_BTD = self._embed(tokens_BT)
         for block in self.blocks:
-            h_BTD, _ = block.ema(block.norm(x_BTD), docs.first_BT)
+            h_BTD, _ = block.ema(block.norm(x_BTD)[0], docs.first_BT)
             block.sma.configurator.calibrate(h_BTD.flatten(0, 1))
             x_BTD, _ = block(x_BTD, docs)
         self.train(training)

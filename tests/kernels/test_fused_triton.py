@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaboat.kernels.fan import _FanOut
 from megaboat.kernels.join import join_rows
+from megaboat.kernels.linear import mixed_linear
 from megaboat.kernels.norm import layer_norm
-from megaboat.kernels.rotary import frequencies, rotary_heads
+from megaboat.kernels.rotary import rotary_heads, turns
 from megaboat.kernels.rows import plan_rows
 from tests.kernels.checks import FLOOR, assert_as_exact_as_torch, outputs_and_gradients
 from tests.kernels.test_ema_triton import DEVICES
 
 gate_triton = pytest.importorskip("megaboat.kernels.gate_triton", reason="triton is not installed")
-from megaboat.kernels import join_triton, margin_triton, norm_triton, rotary_triton  # noqa: E402
+from megaboat.kernels import fan_triton, join_triton, linear_triton, margin_triton, norm_triton, rotary_triton  # noqa: E402
 
 Function = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -62,6 +64,59 @@ def test_layer_norm(X: int, D: int, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("X", "D"), [(1, 3), (40, 8), (5, 2000), (0, 4)])
+def test_branch_norm(X: int, D: int, dtype: torch.dtype, device: str) -> None:
+    """Both outputs are used, so that the gradient of x is the sum of two."""
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.cat(norm_triton.branch_norm_triton(x, weight, bias, 1e-5))
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.cat([layer_norm(x, weight, bias), x])
+
+    inputs = {"x": random(X, D) + 3, "weight": random(D), "bias": random(D)}
+    check(fused, plain, inputs, dtype, device, frozenset({"weight", "bias"}))
+
+
+@pytest.mark.parametrize("only", [0, 1])
+@pytest.mark.parametrize("device", DEVICES)
+def test_branch_norm_where_one_output_is_unused(device: str, only: int) -> None:
+    x, weight, bias = random(6, 8).float().to(device).requires_grad_(), *random(2, 8).float().to(device)
+    out = norm_triton.branch_norm_triton(x, weight, bias, 1e-5)[only]
+    expected = x if only else layer_norm(x, weight, bias)
+    dout = torch.randn_like(out)
+    mine, right = (torch.autograd.grad(y, x, dout)[0] for y in (out, expected))
+    torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("X", "D", "E"), [(1, 3, 5), (300, 8, 300), (0, 4, 2)])
+def test_mixed_linear(X: int, D: int, E: int, device: str) -> None:
+    inputs = {"x": random(X, D), "weight": random(E, D), "bias": random(E)}
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return mixed_linear(x, weight, bias)
+
+    check(fused, plain, inputs, torch.bfloat16, device, frozenset({"weight", "bias"}))
+    del inputs["bias"]
+    check(fused, plain, inputs, torch.bfloat16, device, frozenset({"weight"}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("X", "E"), [(0, 4), (1, 3), (300, 300), (2000, 40)])
+def test_column_sum(X: int, E: int, dtype: torch.dtype, device: str) -> None:
+    x_XE = random(X, E).to(dtype)
+    mine_E = linear_triton.column_sum_triton(x_XE.to(device)).cpu()
+    assert mine_E.dtype == torch.float32
+    torch.testing.assert_close(mine_E.double(), x_XE.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("X", "D", "M"), [(1, 3, 1), (40, 40, 3), (5, 2000, 2), (0, 4, 1)])
 def test_margins(X: int, D: int, M: int, dtype: torch.dtype, device: str) -> None:
     center_D = random(D).float()
@@ -74,6 +129,26 @@ def test_margins(X: int, D: int, M: int, dtype: torch.dtype, device: str) -> Non
         return torch.nn.functional.linear(h.to(weight.dtype) - center_D.to(weight.dtype), weight, bias)
 
     check(fused, plain, inputs, dtype, device, frozenset({"weight", "bias"}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 5000])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_sum_of_gradients(parts: int, size: int, dtype: torch.dtype, device: str) -> None:
+    tensors = [random(size).to(dtype) for _ in range(parts)]
+    mine = fan_triton.add_triton([tensor.to(device) for tensor in tensors]).cpu()
+    truth = torch.stack(tensors).double().sum(0)
+    torch.testing.assert_close(mine.double(), truth, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_uses_of_a_tensor_that_fans_out(device: str) -> None:
+    """Three uses, two of which reach the loss."""
+    x = random(40, 8).float().to(device).requires_grad_()
+    first, second, _ = _FanOut.apply(x, 3)
+    (first**2 + 3 * second).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach() + 3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -93,7 +168,9 @@ def test_rotary_heads(R: int, G: int, Z: int, dtype: torch.dtype, device: str) -
     inputs = {"z": random(R, Z), "scale": random(G, Z), "bias": random(G, Z)}
 
     def fused(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return rotary_triton.rotary_heads_triton(z, scale, bias, positions_R.to(z.device), frequencies(z, 1e4))
+        return rotary_triton.rotary_heads_triton(
+            z, scale, bias, positions_R.to(z.device), turns(z.shape[1], 1e4, z.device)
+        )
 
     def plain(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return rotary_heads(z, scale, bias, positions_R, 1e4)

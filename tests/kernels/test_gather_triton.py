@@ -1,11 +1,14 @@
-"""The Triton row gather: on a GPU, and on any CPU through Triton's interpreter (test_interpreter.py)."""
+"""The Triton plan and gather of rows: on a GPU, and on any CPU through Triton's interpreter (test_interpreter.py)."""
 
 import pytest
 import torch
 
+from megaboat.kernels.rows import plan_rows
 from tests.kernels.test_ema_triton import DEVICES
 
 gather_triton = pytest.importorskip("megaboat.kernels.gather_triton", reason="triton is not installed")
+
+from megaboat.kernels import rows_triton  # noqa: E402
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -23,3 +26,17 @@ def test_gather_from_or_to_no_rows(device: str) -> None:
     none = torch.tensor([-1, -1], device=device)
     assert (gather_triton.gather_rows_triton(torch.randn(0, 4, device=device), none) == 0).all()
     assert gather_triton.gather_rows_triton(torch.randn(3, 4, device=device), none[:0]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("borders", [[0, 3, 3, 40, 41, 100], [0, 100], [*range(0, 1300, 7), 1300], [0]])
+def test_plan_of_rows(borders: list[int], ratio: float, device: str) -> None:
+    active_X = torch.rand(borders[-1]) < ratio
+    cu = torch.tensor(borders, dtype=torch.int32)
+    row_X, cu_rows, sizes = (x.cpu() for x in rows_triton.place_triton(active_X.to(device), cu.to(device)))
+    rows = plan_rows(active_X, cu) if len(borders) > 1 else None
+    assert cu_rows.dtype == torch.int32
+    assert sizes.tolist() == [int(active_X.sum()), rows.longest if rows else 0]
+    assert torch.equal(row_X, rows.row_X if rows else torch.empty(0, dtype=torch.int64))
+    assert torch.equal(cu_rows, rows.cu_seqlens if rows else cu)

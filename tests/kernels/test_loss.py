@@ -16,7 +16,7 @@ from megaboat.kernels import (
     sharded_token_nll,
     token_nll,
 )
-from tests.kernels.checks import DEVICES, assert_as_exact_as_torch, error, outputs_and_gradients
+from tests.kernels.checks import DEVICES, FLOOR, assert_as_exact_as_torch, error, outputs_and_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,8 @@ def test_loss_matches_torch(X: int, ignored: float, dtype: torch.dtype, device: 
     run = functools.partial(outputs_and_gradients, inputs=inputs, cotangents=[torch.tensor(0.7)])
     truth = run(functools.partial(plain, targets_X=targets_X))
     fast = run(functools.partial(linear_cross_entropy, targets_X=targets_X.to(device)), dtype=dtype, device=device)
-    assert_as_exact_as_torch(fast, run(functools.partial(plain, targets_X=targets_X), dtype=dtype), truth)
+    floor = 2.0**-8 if dtype == torch.bfloat16 else FLOOR  # a rounding of its own, where torch is exact by luck
+    assert_as_exact_as_torch(fast, run(functools.partial(plain, targets_X=targets_X), dtype=dtype), truth, floor)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -47,7 +47,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 @torch.no_grad()
 def activate_half(block: SeqBoatBlock, s_BTD: torch.Tensor, docs: Documents) -> None:
     """Move the bias so that each module runs on half of these tokens; random weights may well activate none."""
-    h_BTD, _ = block.ema(block.norm(s_BTD), docs.first_BT)
+    h_BTD, _ = block.ema(block.norm(s_BTD)[0], docs.first_BT)
     margin_XM = block.sma.route(h_BTD).margin_XM
     block.sma.configurator.logits.bias[1::2] -= margin_XM.quantile(0.5, dim=0) - 0.01
 

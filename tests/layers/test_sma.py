@@ -124,7 +124,7 @@ def test_without_activation_the_block_gives_its_skip_output() -> None:
     block.sma = SparseModularActivation(WIDTH, [Affine(), Clock(), RunningSum()])
     randomize(block, 3)
     y_BTD, _ = block(H_BTD, DOCS, None, on_every_token((False, False, False)))
-    hidden_BTD, _ = block.ema(block.norm(H_BTD), DOCS.first_BT)
+    hidden_BTD, _ = block.ema(block.norm(H_BTD)[0], DOCS.first_BT)
     assert torch.equal(y_BTD, F.silu(block.linear(hidden_BTD) + H_BTD))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megaboat import kernels
 from megaboat.config import build_config
@@ -18,10 +19,11 @@ from megaboat.kernels import flash
 from megaboat.kernels.ema_triton import ema_triton
 from megaboat.kernels.gate_triton import silu_gate_triton
 from megaboat.kernels.join_triton import join_rows_triton
+from megaboat.kernels.linear import mixed_linear
 from megaboat.kernels.margin_triton import margins_triton
 from megaboat.kernels.norm import EPS
-from megaboat.kernels.norm_triton import layer_norm_triton
-from megaboat.kernels.rotary import frequencies
+from megaboat.kernels.norm_triton import branch_norm_triton, layer_norm_triton
+from megaboat.kernels.rotary import turns
 from megaboat.kernels.rotary_triton import rotary_heads_triton
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
@@ -60,7 +62,9 @@ def measure(case: dict[str, Any]) -> int:
 if __name__ == "__main__":
     kernels.ema, kernels.silu_gate, kernels.join_rows = ema_triton, silu_gate_triton, join_rows_triton
     kernels.margins = margins_triton
-    kernels.rotary_heads = lambda z, *rest: rotary_heads_triton(z, *rest[:3], frequencies(z, rest[3]))
+    kernels.rotary_heads = lambda z, *rest: rotary_heads_triton(z, *rest[:3], turns(z.shape[1], rest[3], z.device))
+    kernels.branch_norm = lambda x, weight, bias: branch_norm_triton(x, weight, bias, EPS)
+    kernels.linear = lambda x, *rest: (mixed_linear if x.dtype == torch.bfloat16 else F.linear)(x, *rest)
     kernels.layer_norm = lambda x, weight=None, bias=None: layer_norm_triton(x, weight, bias, EPS)
     kernels.windowed_attention = attention
     flash.backends = lambda: {"torch": lambda q, k, v, *_: _Kept.apply(q, k, v)}

@@ -1,0 +1,49 @@
+"""The plan of active rows on GPUs: one launch, where torch takes ten."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+def place_triton(active_X: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The row of each token (int64, -1 where inactive), the rows before each border (int32), and two sizes (int64):
+    all rows, and those of the longest document."""
+    X, borders = len(active_X), len(cu_seqlens)
+    count_X = active_X.cumsum(0)
+    row_X = torch.empty_like(count_X)
+    cu_rows = torch.empty_like(cu_seqlens, dtype=torch.int32)
+    sizes = row_X.new_empty(2)
+    place_kernel[(triton.cdiv(X, BLOCK) + 1,)](
+        active_X, count_X, cu_seqlens, row_X, cu_rows, sizes, X, borders, BLOCK, num_warps=8
+    )
+    return row_X, cu_rows, sizes
+
+
+@triton.jit
+def place_kernel(active, count, cu, row, cu_rows, sizes, X, borders, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first program takes the borders, each other one a block of tokens."""
+    if tl.program_id(0) > 0:
+        o_x = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
+        b_count = tl.load(count + o_x, mask=o_x < X, other=0)
+        b_active = tl.load(active + o_x, mask=o_x < X, other=0)
+        tl.store(row + o_x, tl.where(b_active != 0, b_count - 1, -1), mask=o_x < X)
+    else:
+        b_longest = tl.zeros([BLOCK], tl.int64)
+        for s in range(0, borders, BLOCK):
+            o_s = s + tl.arange(0, BLOCK)
+            b_before = rows_before(count, cu, o_s, o_s < borders)
+            tl.store(cu_rows + o_s, b_before.to(tl.int32), mask=o_s < borders)
+            m_s = o_s + 1 < borders
+            b_after = rows_before(count, cu, o_s + 1, m_s)
+            b_longest = tl.maximum(b_longest, tl.where(m_s, b_after - b_before, 0))
+        tl.store(sizes, tl.load(count + X - 1, mask=X > 0, other=0))
+        tl.store(sizes + 1, tl.max(b_longest, axis=0))
+
+
+@triton.jit
+def rows_before(count, cu, o_s, m_s):  # type: ignore[no-untyped-def]
+    b_token = tl.load(cu + o_s, mask=m_s, other=0).to(tl.int64)
+    return tl.load(count + b_token - 1, mask=b_token > 0, other=0)
