@@ -103,6 +103,7 @@ class Engine:
             groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=ranks.device.type == "cuda"
         )
         self.stage = config.parallel.zero
+        self._clip = config.optim.clip
         self.names = dict(model.named_parameters())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -112,6 +113,8 @@ class Engine:
             mpu=Mesh(ranks) if self._group is not None else None,
             dist_init_required=False,
         )
+        if self.stage == 0 and ranks.replicas == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients twice to add up nothing
         self._create_states()
 
     @property
@@ -141,6 +144,10 @@ class Engine:
         """After the last micro-batch of a step: clip, update, clear."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        if self.stage == 0 and self._clip:
+            # DeepSpeed would take the norm of each tensor by itself, a thousand launches.
+            gradients = [p for p in self.names.values() if p.grad is not None]
+            nn.utils.clip_grads_with_norm_(gradients, self._clip, self._norm_without_zero())
         self._engine.step()
 
     def skip(self) -> None:
@@ -276,12 +283,16 @@ def _settings(config: RunConfig, micro_steps: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": config.optim.clip,
+        "gradient_clipping": config.optim.clip if config.parallel.zero else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": config.parallel.zero},
         "torch_autocast": {
             "enabled": config.train.precision == "bf16",
             "dtype": "bfloat16",
-            "lower_precision_safe_modules": ["torch.nn.Linear", "megaboat.parallel.tensor.RowParallelLinear"],
+            "lower_precision_safe_modules": [
+                "torch.nn.Linear",
+                "megaboat.layers.linear.Linear",
+                "megaboat.parallel.tensor.RowParallelLinear",
+            ],
         },
     }
