@@ -1,16 +1,26 @@
 """Measure beside a named peer: `bench data` the way from shards to batches, `bench kernels` the kernels of this GPU,
-`bench train` whole steps, `bench scale` them on several GPUs, `bench decode` generation at long context.
+`bench train` whole steps, `bench profile` where their time goes, `bench scale` them on several GPUs, `bench decode`
+generation at long context.
 """
 
 import argparse
 
-from megaboat.tools import bench_balance, bench_data, bench_decode, bench_kernels, bench_scale, bench_train
+from megaboat.tools import (
+    bench_balance,
+    bench_data,
+    bench_decode,
+    bench_kernels,
+    bench_profile,
+    bench_scale,
+    bench_train,
+)
 
 BENCHES = {
     "balance": bench_balance,
     "data": bench_data,
     "kernels": bench_kernels,
     "train": bench_train,
+    "profile": bench_profile,
     "scale": bench_scale,
     "decode": bench_decode,
 }

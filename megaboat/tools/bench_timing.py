@@ -60,15 +60,15 @@ def measure(sections: Sequence[Section], device: str, milliseconds: float) -> tu
     torch.manual_seed(0)
     for section in sections:
         section.check(device)
-    ceilings = _ceilings(device, milliseconds)
+    limits = ceilings(device, milliseconds)
     rows = []
     for section in sections:
         for case in section.cases(device):
             median, spread = _time(case.work, device, milliseconds)
-            fastest = max(case.bytes / ceilings.copy, case.flops / ceilings.product)
+            fastest = max(case.bytes / limits.copy, case.flops / limits.product)
             rates = case.bytes / median / 1e9, case.flops / median / 1e9
             rows.append(Row(section.name, case.name, median, spread, *rates, fastest / median))
-    return rows, ceilings
+    return rows, limits
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -121,7 +121,8 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _ceilings(device: str, milliseconds: float) -> Ceilings:
+def ceilings(device: str, milliseconds: float) -> Ceilings:
+    """Measure the device."""
     side = 8192 if device == "cuda" else 64
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     product, _ = _time(lambda: a @ b, device, milliseconds)

@@ -17,12 +17,12 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaboat.data.config import DataConfig
 from megaboat.engine.deepspeed import Engine, connect
@@ -31,15 +31,17 @@ from megaboat.engine.run_config import ParallelConfig, RunConfig, TrainConfig
 from megaboat.errors import BadInput, MegaboatError
 from megaboat.layers.configurator import Configurator
 from megaboat.layers.documents import Documents
-from megaboat.model.build import LanguageModel, build_model
+from megaboat.model.build import build_model
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.flops import count_work, forward_flops, llama_flops, peak_flops
 from megaboat.model.seqboat import SeqBoat
 
 RUN_LENGTH = 64
-WARM_UP = 2
+WARM_UP = 3  # the first compiles, the next two settle the allocator
 
 Config = SeqBoatConfig | LlamaConfig
+Case = tuple[float | None, str | None]
+"""Forced activation: the ratio and the pattern. None: the model decides."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Sizes:
     """Tokens a step; a longer row is a step by itself."""
     steps: int = 5
     precision: str = "bf16"
-    zero: int = 1
+    zero: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratios", default="1.0,0.5,0.25,0.125", help="activation ratios; default: %(default)s")
     parser.add_argument("--patterns", default="random,runs", help="of forced activation; default: %(default)s")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each row; default: %(default)s")
-    parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2), help="DeepSpeed's stage; default: 1")
+    parser.add_argument("--zero", type=int, default=0, choices=(0, 1, 2), help="DeepSpeed's stage; default: 0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
 
 
@@ -159,59 +161,67 @@ def compare(sizes: Sizes, ranks: Ranks) -> Iterator[Row]:
 
 def _family(name: str, model: Config, length: int, sizes: Sizes, ranks: Ranks) -> Iterator[Row]:
     """All activations of one model at one length, each with the largest micro-batch that fits."""
-    cases = [(None, None)] if isinstance(model, LlamaConfig) else [
+    cases: list[Case] = [(None, None)] if isinstance(model, LlamaConfig) else [
         (ratio, pattern)
-        for ratio in sizes.ratios
+        for ratio in sorted(sizes.ratios)  # least memory first: it gets the largest micro-batch
         for pattern in (sizes.patterns if ratio < 1 else sizes.patterns[:1])
     ]  # fmt: skip
     rows = max(1, sizes.tokens // length)
     micro_batches = [rows >> i for i in range(rows.bit_length())]
     attempts = [(micro, again) for again in (False, True) for micro in micro_batches]
-    for ratio, pattern in cases:
-        while True:
-            try:
-                row = _measure(name, model, length, ratio, pattern, attempts[0], sizes, ranks)
-                break
-            except torch.OutOfMemoryError:
-                attempts.pop(0)
-            _free()
-            if not attempts:
-                raise MegaboatError(f"{name} at {length:,} tokens does not fit, even one row with recomputation")
-        yield row
+    for micro_batch, recomputed in attempts:
+        config = step_config(model, length, micro_batch, recomputed, sizes)
+        with suppress(torch.OutOfMemoryError):
+            for row in _rows(name, config, list(cases), sizes.steps, ranks):
+                cases.pop(0)
+                yield row
         _free()
+        if not cases:
+            return
+    raise MegaboatError(f"{name} at {length:,} tokens does not fit, even one row with recomputation")
 
 
-def _measure(
-    name: str,
-    model_config: Config,
-    length: int,
-    ratio: float | None,
-    pattern: str | None,
-    attempt: tuple[int, bool],
-    sizes: Sizes,
-    ranks: Ranks,
-) -> Row:
-    micro_batch, recomputed = attempt
-    rows = max(1, sizes.tokens // length)
-    config = RunConfig(
-        model=model_config,
-        data=DataConfig(seq_len=length),
-        train=TrainConfig(
-            global_batch=rows, micro_batch=micro_batch, precision=sizes.precision, checkpoint_activations=recomputed
-        ),
-        parallel=ParallelConfig(zero=sizes.zero),
+def _rows(name: str, config: RunConfig, cases: Sequence[Case], steps: int, ranks: Ranks) -> Iterator[Row]:
+    with prepared(config, ranks) as engine:
+        for case in cases:
+            yield measure(name, engine, config, case, steps, ranks)
+
+
+def step_config(model: Config, length: int, micro_batch: int, recomputed: bool, sizes: Sizes) -> RunConfig:
+    """A step of `sizes.tokens`, or of one row where that is longer."""
+    train = TrainConfig(
+        global_batch=max(1, sizes.tokens // length),
+        micro_batch=micro_batch,
+        precision=sizes.precision,
+        checkpoint_activations=recomputed,
     )
+    return RunConfig(
+        model=model, data=DataConfig(seq_len=length), train=train, parallel=ParallelConfig(zero=sizes.zero)
+    )
+
+
+@contextmanager
+def prepared(config: RunConfig, ranks: Ranks) -> Iterator[Engine]:
+    """The engine with a new model on the device; afterwards both are let go."""
     with ranks.device:
-        model = build_model(model_config, 0)
-    model.checkpoint_activations = recomputed
+        model = build_model(config.model, 0)
+    model.checkpoint_activations = config.train.checkpoint_activations
     if not isinstance(model, SeqBoat) and ranks.device.type == "cuda":
         model.compile_layers()
-    with forced(model, micro_batch * length, ratio, pattern, ranks.device):
-        engine = Engine(model, config, ranks)
-        try:
-            seconds, flops, activation = _timed(engine, config, ranks, sizes.steps)
-        finally:
-            engine.close()
+    engine = Engine(model, config, ranks)
+    try:
+        engine.train()
+        yield engine
+    finally:
+        engine.close()
+
+
+def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int, ranks: Ranks) -> Row:
+    """Time whole steps."""
+    ratio, pattern = case
+    rows, length, micro_batch = config.train.global_batch, config.data.seq_len, config.train.micro_batch
+    with forced(engine.module, micro_batch * length, ratio, pattern, ranks.device):
+        seconds, flops, activation = _timed(engine, config, ranks, steps)
     median = statistics.median(seconds)
     peak = peak_flops(ranks.device)
     return Row(
@@ -220,7 +230,7 @@ def _measure(
         activation,
         pattern,
         micro_batch,
-        recomputed,
+        config.train.checkpoint_activations,
         rows * length / median,
         (max(seconds) - min(seconds)) / 2 / median,
         torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0,
@@ -230,44 +240,46 @@ def _measure(
 
 def _timed(engine: Engine, config: RunConfig, ranks: Ranks, steps: int) -> tuple[list[float], float, float | None]:
     """Seconds of each step, and the operations and activation of the last."""
-    engine.train()
     for _ in range(WARM_UP):
-        flops, activation = _step(engine, config, ranks)
+        flops, activation = train_step(engine, config, ranks)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(steps):
         begin = time.perf_counter()
-        flops, activation = _step(engine, config, ranks)
+        flops, activation = train_step(engine, config, ranks)
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     return seconds, flops, activation
 
 
-def _step(engine: Engine, config: RunConfig, ranks: Ranks) -> tuple[float, float | None]:
+def train_step(engine: Engine, config: RunConfig, ranks: Ranks) -> tuple[float, float | None]:
     """One optimizer step on random tokens. Returns its useful operations and the mean activation."""
     rows, micro_batch, length = config.train.global_batch, config.train.micro_batch, config.data.seq_len
     docs = Documents.whole(micro_batch, length, ranks.device)
-    flops, ratios = 0.0, []
+    works, ratios = [], []
     for i in range(rows // micro_batch):
         if i:
             engine.next_micro_batch()
         tokens_BT = torch.randint(config.model.vocab_size or 0, (micro_batch, length + 1), device=ranks.device)
         output = engine(tokens_BT[:, :-1], docs, tokens_BT[:, 1:].contiguous())
         engine.backward(output.nll / (rows * length))
-        if isinstance(config.model, LlamaConfig):
-            flops += 3 * llama_flops(config.model, micro_batch * length, length)
-            continue
-        active_LXM = torch.stack([routing.active_XM for routing in output.routings])
-        work = count_work(active_LXM, docs.cu_seqlens, config.model.window)
-        flops += 3 * forward_flops(config.model, micro_batch * length, work)
-        ratios.append(active_LXM.float().mean())
+        if isinstance(config.model, SeqBoatConfig):
+            active_LXM = torch.stack([routing.active_XM for routing in output.routings])
+            works.append(count_work(active_LXM, docs.cu_seqlens, config.model.window))
+            ratios.append(active_LXM.float().mean())
     engine.step(1e-6)
-    return flops, float(torch.stack(ratios).mean()) if ratios else None
+    # Numbers reach the host only now: before, they would hold up the launches of the optimizer's step.
+    if isinstance(config.model, LlamaConfig):
+        return 3 * llama_flops(config.model, rows * length, length), None
+    flops = sum(3 * forward_flops(config.model, micro_batch * length, work) for work in works)
+    return flops, float(torch.stack(ratios).mean())
 
 
 @contextmanager
 def forced(
-    model: LanguageModel, tokens: int, ratio: float | None, pattern: str | None, device: torch.device
+    model: nn.Module, tokens: int, ratio: float | None, pattern: str | None, device: torch.device
 ) -> Iterator[None]:
     """Every configurator of `model` is given its decisions, others in each layer; None: it decides itself."""
     if ratio is None:
