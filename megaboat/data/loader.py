@@ -191,20 +191,29 @@ class WindowReader:
 
     def read_windows(self, windows: np.ndarray, row_len: int | None = None) -> Batch:
         """Windows (n,), near each other in number, as one batch in their order. Raises DamagedData as `read` does."""
-        length = self._config.seq_len
-        source, start = self._places_of(windows)
-        window_NL = np.empty((len(windows), length + 1), self._dtype)
+        window_NL, documents = self.tokens_of(windows)
+        source, _ = self.places_of(windows)
+        crcs = tuple(map(zlib.crc32, window_NL))
+        row_len, mask = row_len or self._config.seq_len, self._config.mask_first_target
+        return assemble(window_NL, documents, source, crcs, windows.tolist(), row_len, mask)
+
+    def tokens_of(self, windows: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """What `assemble` makes a batch of: tokens (n, L + 1) as stored, and where documents start in each window.
+
+        Raises DamagedData as `read` does.
+        """
+        source, start = self.places_of(windows)
+        window_NL = np.empty((len(windows), self._config.seq_len + 1), self._dtype)
         documents: list[np.ndarray] = [np.empty(0, np.int64)] * len(windows)
         for k in np.unique(source):
             rows = np.flatnonzero(source == k)
             found = self._sources[k].read_windows(start[rows], window_NL, rows)
             for row, offsets in zip(rows.tolist(), found, strict=True):
                 documents[row] = offsets
-        crcs = tuple(map(zlib.crc32, window_NL))
-        mask = self._config.mask_first_target
-        return assemble(window_NL, documents, source, crcs, windows.tolist(), row_len or length, mask)
+        return window_NL, documents
 
-    def _places_of(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def places_of(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and first token of windows (n,), near each other in number: nearly free after the first call."""
         first, last = int(windows.min()), int(windows.max()) + 1
         if self._places is None or first not in self._ahead or last > self._ahead.stop:
             self._ahead = range(first, max(last, first + LOOK_AHEAD))

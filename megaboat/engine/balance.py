@@ -80,6 +80,10 @@ class Dealer:
         """This rank's windows of the batch that starts at `first`, for the loader."""
         return self._dealt[first]
 
+    def domains_of(self, windows_N: np.ndarray) -> np.ndarray:
+        """The number of each window's source."""
+        return self._reader.places_of(windows_N)[0]
+
     def look_ahead(self, first: int) -> np.ndarray:
         """(share, 1 + F) of the batch to be planned while the one at `first` is computed: for the step's gather."""
         return self._look(first + LEAD * self.batch)
@@ -91,7 +95,7 @@ class Dealer:
         """
         forecast = self._forecasts.pop(first)
         del self._dealt[first]
-        domains_N, _ = self.order.locate(np.arange(first, first + self.batch))
+        domains_N = self.domains_of(np.arange(first, first + self.batch))
         self.predictor.update(domains_N, forecast.features_NF, costs_N)
         self._plan(first + LEAD * self.batch, ahead_NC)
         return forecast
@@ -105,15 +109,15 @@ class Dealer:
         windows = share(first, self.batch, self.ranks.data_rank, self.ranks.data_size)
         features_NF = np.zeros((len(windows), FEATURES))
         try:
-            batch = self._reader.read_windows(windows)
+            window_NL, documents = self._reader.tokens_of(windows)
         except DamagedData:
             pass  # the loader says so, when it comes there
         else:
-            documents_N = (batch.positions_BT == 0).sum(1).tolist()
-            rows = zip(batch.tokens_BT.numpy(), documents_N, strict=True)
-            features_NF = np.stack([features_of(tokens, documents) for tokens, documents in rows])
-        domains_N, _ = self.order.locate(windows)
-        costs_N = self.predictor.predict(domains_N, features_NF).round(6)  # short in a checkpoint
+            pieces_N = np.array(
+                [1 + np.count_nonzero(offsets[offsets < window_NL.shape[1] - 1]) for offsets in documents]
+            )
+            features_NF = features_of(window_NL[:, :-1], pieces_N)
+        costs_N = self.predictor.predict(self.domains_of(windows), features_NF).round(6)  # short in a checkpoint
         return np.column_stack([costs_N, features_NF])
 
     def _plan(self, first: int, table_NC: np.ndarray) -> None:
@@ -123,7 +127,7 @@ class Dealer:
         if self._assignment == "cost":
             self._dealt[first] = first + self._partition(forecast.costs_N, self.ranks.data_size)[self.ranks.data_rank]
         elif self._assignment == "domain":
-            domains_N, _ = self.order.locate(np.arange(first, first + self.batch))
+            domains_N = self.domains_of(np.arange(first, first + self.batch))
             by_domain = np.argsort(domains_N, kind="stable").reshape(self.ranks.data_size, -1)
             self._dealt[first] = first + by_domain[self.ranks.data_rank]
 
@@ -190,17 +194,17 @@ class Balance:
             self.config.train.micro_batch if self.config.parallel.zero >= 2 else len(costs_N) // self.ranks.data_size
         )
         figures: dict[str, Any] = {
-            "balance": step_figures(windows.rows_NLM, costs_N, expected_N, everyone.work_seconds_D, per_sync),
+            "balance": step_figures(windows.rows_NLM, costs_N, expected_N, everyone.seconds_D, per_sync),
             "dead": self.control.watch.dead,
             "saturated": self.control.watch.saturated,
         }
         figures["balance"]["predictor_r2"] = self.dealer.predictor.r2
         if sums is not None and _detailed(step):
-            domains_N, _ = self.dealer.order.locate(windows.number_N)
+            domains_N = self.dealer.domains_of(windows.number_N)
             thresholds = self.control.thresholds().mean(1).tolist()
             ratios = domain_figures(windows.rows_NLM, domains_N, self.sources, self.config.data.seq_len)
             figures["layers"] = sums.figures() | {"threshold": thresholds} | ratios
-        figures["balance"]["work_seconds"] = float(everyone.work_seconds_D.mean())
+        figures["balance"]["work_seconds"] = float(everyone.seconds_D.mean())
         figures["balance"]["seconds"] = self._seconds + time.thread_time() - started
         self._seconds = 0.0
         return figures, sums, said
@@ -211,7 +215,7 @@ class Balance:
         if not every or step % every:
             return None
         windows = everyone.windows
-        domains_N, _ = self.dealer.order.locate(windows.number_N)
+        domains_N = self.dealer.domains_of(windows.number_N)
         return {
             "step": step,
             "ranks": self.ranks.data_size,
@@ -224,7 +228,7 @@ class Balance:
             "window": windows.number_N.tolist(),
             "rows": windows.rows_NLM.sum(2).astype(int).tolist(),
             "pairs": windows.pairs_NLM.sum(2).astype(int).tolist(),
-            "seconds": everyone.work_seconds_D.tolist(),
+            "seconds": everyone.seconds_D.tolist(),
             "step_time": seconds,
             "predictor_r2": self.dealer.predictor.r2,
         }

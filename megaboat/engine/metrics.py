@@ -40,15 +40,15 @@ class GlobalSums:
     windows: Windows
     imbalance: float
     """Active rows of the busiest rank over the mean of ranks."""
-    work_seconds_D: np.ndarray
-    """What the slowest rank of each share of the data worked in this step, see `Stopwatch`."""
+    seconds_R: np.ndarray
+    """How long each rank worked in this step, see `Stopwatch`."""
+    seconds_D: np.ndarray
+    """The same of the slowest rank of each share of the data."""
     extra_N: np.ndarray
     """What the shares of the data added to the gather, in their order."""
     signal: str | None
     """A signal that some rank received."""
-    seconds_R: list[float]
-    """Of each rank's forward passes in the step before, as `ComputeTimer.take` gives them."""
-    flops_R: list[float]
+    flops_R: np.ndarray
     """Of each rank's forward passes in this step."""
 
     @property
@@ -84,14 +84,12 @@ class StepSums:
         self._labels += zip(batch.windows, batch.crcs, strict=True)
         self._tokens += batch.tokens_BT.numel()
 
-    def gather(
-        self, ranks: Ranks, seconds: float, work_seconds: float, received: str | None, extra: np.ndarray
-    ) -> GlobalSums:
+    def gather(self, ranks: Ranks, seconds: float, received: str | None, extra: np.ndarray) -> GlobalSums:
         """One collective: sums, records of windows and the wish to stop of all ranks, and `extra`, of equal length on
         all ranks. Floats of 64 bits hold them all exactly."""
         mine = torch.stack(self._parts).sum(0)
         number = float(signal.Signals[received]) if received else 0.0
-        head = torch.cat([mine, mine.new_tensor([self._tokens, number, seconds, work_seconds])])
+        head = torch.cat([mine, mine.new_tensor([self._tokens, number, seconds])])
         labels = torch.tensor(self._labels, dtype=torch.float64, device=mine.device)
         records = torch.cat([labels, *([torch.cat(self._records)] if self._records else [])], 1)
         vector = torch.cat([head, records.flatten(), torch.from_numpy(extra).to(head).flatten()])
@@ -114,20 +112,20 @@ class StepSums:
             work=Work(*(torch.from_numpy(part) for part in work.sum(0))),
             windows=Windows(numbers_N, crcs_N, work[:, 0], work[:, 1]),
             imbalance=float(rows_R.max() / rows_R.mean()) if rows_R.sum() > 0 else 1.0,
-            work_seconds_D=heads_RC[:, 5].reshape(ranks.data_size, -1).max(1),
+            seconds_R=heads_RC[:, 4],
+            seconds_D=heads_RC[:, 4].reshape(ranks.data_size, -1).max(1),
             extra_N=extras[shares].reshape(-1, *extra.shape[1:]),
             signal=next((signal.Signals(number).name for number in signals if number), None),
-            seconds_R=heads_RC[:, 4].tolist(),
-            flops_R=self._flops(*(torch.from_numpy(column) for column in (heads_RC[:, 2], rows_R, pairs_R))),
+            flops_R=self._flops(heads_RC[:, 2], rows_R, pairs_R),
         )
 
-    def _flops(self, tokens_R: Tensor, rows_R: Tensor, pairs_R: Tensor) -> list[float]:
+    def _flops(self, tokens_R: np.ndarray, rows_R: np.ndarray, pairs_R: np.ndarray) -> np.ndarray:
         """Forward FLOPs are linear in tokens, active rows and pairs."""
         model = self._model
         if not isinstance(model, SeqBoatConfig):
-            return tokens_R.tolist()
+            return tokens_R
         token, row, pair = unit_flops(model)
-        return (token * tokens_R + row * rows_R + pair * pairs_R).tolist()
+        return token * tokens_R + row * rows_R + pair * pairs_R
 
     def _shape(self) -> tuple[int, int]:
         if isinstance(self._model, SeqBoatConfig):

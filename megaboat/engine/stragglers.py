@@ -1,16 +1,12 @@
 """Which rank is slow, told apart from which rank has more to do.
 
-The time of a rank's forward passes is taken as a + b x its realised FLOPs. Within one rank the work differs from step
-to step only by what was activated: that gives b, whatever the rank's hardware. What a rank takes beyond the median
-rank's a, at its own work, is its slowness. Forward passes do not wait for other ranks, except under ZeRO-3 and where
-ranks share a copy or a row: there a slow rank shows less, and so do the ranks that share with it.
+The time of a rank's work (see `Stopwatch`) is taken as a + b x its realised FLOPs. Within one rank the work differs
+from step to step only by what was activated: that gives b, whatever the rank's hardware. What a rank takes beyond the
+median rank's a, at its own work, is its slowness. Forward passes do not wait for other ranks, except under ZeRO-3 and
+where ranks share a copy or a row: there a slow rank shows less, and so do the ranks that share with it.
 """
 
-import time
-from types import TracebackType
-
 import numpy as np
-import torch
 
 from megaboat.log import get_logger
 
@@ -18,58 +14,22 @@ WINDOW = 50  # steps of one judgement; the same rank must stand out twice in a r
 LIMIT = 1.2  # times the median rank
 
 
-class ComputeTimer:
-    """Seconds that the device spends inside the `with` blocks of a step, without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._now: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
-        self._before: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
-
-    def __enter__(self) -> None:
-        self._start = self._mark()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._now.append((self._start, self._mark()))
-
-    def take(self) -> float:
-        """Seconds of the step before this one, 0 at the first: those of this step may not be over on a GPU."""
-        self._before, self._now, pairs = self._now, [], self._before
-        return sum(_seconds(start, end) for start, end in pairs)
-
-    def _mark(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(start, float) and isinstance(end, float):
-        return end - start
-    return start.elapsed_time(end) / 1000  # type: ignore[union-attr, arg-type]
-
-
 class Stragglers:
     """Judges the ranks over windows of steps, and logs those that stand out in two windows in a row."""
 
     def __init__(self, hosts: list[str], window: int = WINDOW) -> None:
         self._hosts, self._window = hosts, window
-        self._flops: list[float] | None = None
-        self._steps: list[tuple[list[float], list[float]]] = []
+        self._steps: list[tuple[np.ndarray, np.ndarray]] = []
         self._slow: set[int] = set()
         self._busy: set[int] = set()
         self.slowness: float | None = None
         """Of the slowest rank in the last window: its time over the median rank's for the same work."""
 
-    def add(self, seconds_R: list[float], flops_R: list[float]) -> None:
-        """A step: `seconds_R` as `ComputeTimer.take` gives them, of the step before; `flops_R` of this one."""
+    def add(self, seconds_R: np.ndarray, flops_R: np.ndarray) -> None:
+        """A step: how long each rank worked, and on how much."""
         if len(self._hosts) == 1:
             return
-        if self._flops is not None:
-            self._steps.append((seconds_R, self._flops))
-        self._flops = flops_R
+        self._steps.append((seconds_R, flops_R))
         if len(self._steps) == self._window:
             seconds_SR, flops_SR = (np.array(column) for column in zip(*self._steps, strict=True))
             self._steps.clear()

@@ -29,7 +29,7 @@ from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import Outcome, Stopped, StopRequest
 from megaboat.engine.stopwatch import Stopwatch
-from megaboat.engine.stragglers import ComputeTimer, Stragglers
+from megaboat.engine.stragglers import Stragglers
 from megaboat.engine.watchdog import Watchdog
 from megaboat.errors import Diverged
 from megaboat.log import get_logger
@@ -59,7 +59,6 @@ class Trainer:
         self.engine, self.loader, self.ledger, self.hooks = engine, loader, ledger, hooks
         self.step, self.guard, self.balance = step, guard, balance
         self.fence, self.watchdog = fence, watchdog
-        self.timer = ComputeTimer(ranks.device)
         self.stragglers = Stragglers(ranks.gather_objects(socket.gethostname()))
         self.engine.module.register_forward_pre_hook(lambda *_: self.watchdog.beat("forward"))
         check_owner = fence.check if fence else lambda: None
@@ -125,7 +124,7 @@ class Trainer:
         ahead = self.balance.look_ahead(first) if self.balance else np.empty((0, 1))
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         self.watchdog.beat("gather")
-        everyone = sums.gather(self.ranks, self.timer.take(), work.read(), stop.received, ahead)
+        everyone = sums.gather(self.ranks, work.read(), stop.received, ahead)
         grad_norm = self.engine.gradient_norm()
         self.step += 1
         skipped = self.guard.judge(self.step, first, everyone.loss, grad_norm)
@@ -155,7 +154,7 @@ class Trainer:
             part = part.to(self.ranks.device)
             if self.balance:
                 self.balance.control.begin(part.cu_seqlens)
-            with self.timer, work:
+            with work:
                 output = self.engine(part.tokens_BT, documents(part), part.targets_BT)
             self.watchdog.beat("backward")
             loss = output.nll * scale

@@ -1,6 +1,7 @@
 """Slow hardware and high activation are told apart."""
 
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.roll_call import roll_call
-from megaboat.engine.stragglers import ComputeTimer, Stragglers, slowness
+from megaboat.engine.stopwatch import Stopwatch
+from megaboat.engine.stragglers import Stragglers, slowness
 from tests.distributed import run_on_ranks
 
 STEPS, RANKS = 50, 8
@@ -52,10 +54,8 @@ def test_a_rank_that_stands_out_twice_is_named(caplog: pytest.LogCaptureFixture)
     stragglers = Stragglers([f"mb{rank // 4 + 1}" for rank in range(RANKS)], window=STEPS)
     for seconds_SR, flops_SR in (steps({6: 1.5}, {1: 1.8}), steps({6: 1.5}, {1: 1.8})):
         assert not caplog.messages
-        flops_SR = np.roll(flops_SR, -1, axis=0)  # seconds come a step late
         for seconds_R, flops_R in zip(seconds_SR, flops_SR, strict=True):
-            stragglers.add(seconds_R.tolist(), flops_R.tolist())
-    stragglers.add([0.0] * RANKS, [0.0] * RANKS)
+            stragglers.add(seconds_R, flops_R)
     slow, busy = dict.fromkeys(caplog.messages)  # once or twice, as the logger was set up before
     assert slow.startswith("rank 6 (mb2) takes 1.")
     assert "times as long as the median rank for the same work, over the last 100 steps" in slow
@@ -63,13 +63,15 @@ def test_a_rank_that_stands_out_twice_is_named(caplog: pytest.LogCaptureFixture)
     assert stragglers.slowness == pytest.approx(1.5, abs=0.15)
 
 
-def test_times_come_a_step_late() -> None:
-    timer = ComputeTimer(torch.device("cpu"))
-    with timer:
+def test_waiting_is_no_work() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    with watch:
+        time.sleep(0.2)
+    slept = watch.read()
+    assert slept < 0.1
+    with watch.backward:
         sum(range(100_000))
-    assert timer.take() == 0.0
-    assert timer.take() > 0.0
-    assert timer.take() == 0.0
+    assert watch.read() > slept
 
 
 def call_the_roll(ranks: Ranks, folder: Path, lonely: bool) -> list[str]:

@@ -67,6 +67,7 @@ def test_goes_on_exactly_from_a_checkpoint() -> None:
 
 def test_features_tell_windows_apart() -> None:
     varied, repeated = np.arange(100), np.arange(100) % 5
-    assert features_of(varied, 1)[:2].tolist() == [1.0, 0.99]
-    assert features_of(repeated, 1)[:2].tolist() == [0.05, 0.05]
-    assert features_of(varied, 9)[3] > features_of(varied, 1)[3]
+    found_NF = features_of(np.stack([varied, repeated, varied]), np.array([1, 1, 9]))
+    assert found_NF[:, :2].tolist() == [[1.0, 0.99], [0.05, 0.05], [1.0, 0.99]]
+    assert found_NF[0, 2] > found_NF[1, 2]
+    assert found_NF[2, 3] > found_NF[0, 3]

@@ -15,13 +15,18 @@ RIDGE = 1e-2
 FEATURES = 4
 
 
-def features_of(tokens: np.ndarray, documents: int) -> np.ndarray:
-    """(F,) cheap figures of a window of tokens: how varied, how repetitive, how rare its tokens are, how many
-    documents begin in it. Tokenizers number their tokens by frequency, roughly: hence the third."""
-    pairs = tokens[:-1].astype(np.int64) << 32 | tokens[1:]
-    distinct, distinct_pairs = len(np.unique(tokens)), len(np.unique(pairs))
-    rarity = np.log1p(tokens.astype(np.float64)).mean()
-    return np.array([distinct / len(tokens), distinct_pairs / len(tokens), 0.1 * rarity, 0.1 * np.log1p(documents)])
+def features_of(tokens_NT: np.ndarray, documents_N: np.ndarray) -> np.ndarray:
+    """(N, F) cheap figures of windows of tokens: how varied, how repetitive, how rare their tokens are, how many
+    documents begin in them. Tokenizers number their tokens by frequency, roughly: hence the third."""
+    pairs_NT = tokens_NT[:, :-1].astype(np.int64) << 32 | tokens_NT[:, 1:]
+    varied_N, repetitive_N = (_distinct(values) / tokens_NT.shape[1] for values in (tokens_NT, pairs_NT))
+    rarity_N = np.log1p(tokens_NT, dtype=np.float64).mean(1)
+    return np.column_stack([varied_N, repetitive_N, 0.1 * rarity_N, 0.1 * np.log1p(documents_N)])
+
+
+def _distinct(values_NT: np.ndarray) -> np.ndarray:
+    """(N,) how many different values each line has."""
+    return 1 + np.count_nonzero(np.diff(np.sort(values_NT, 1), axis=1), axis=1)
 
 
 class CostPredictor:
@@ -59,12 +64,11 @@ class CostPredictor:
         self.squares = fade * self.squares + [((y_N - self._regression(x_NF)) ** 2).sum(), (y_N**2).sum()]
         self.gram_FF = fade * self.gram_FF + x_NF.T @ x_NF
         self.moment_F = fade * self.moment_F + x_NF.T @ y_N
-        for k in np.unique(domains_N):
-            mine = domains_N == k
-            fade = DECAY ** mine.sum()
-            self.weight_K[k] = fade * self.weight_K[k] + mine.sum()
-            values_NC = np.column_stack([costs_N[mine], features_NF[mine]])
-            self.sums_KC[k] = fade * self.sums_KC[k] + values_NC.sum(0)
+        count_K = np.bincount(domains_N, minlength=len(self.weight_K))
+        fade_K = DECAY**count_K
+        self.weight_K = fade_K * self.weight_K + count_K
+        self.sums_KC *= fade_K[:, None]
+        np.add.at(self.sums_KC, domains_N, np.column_stack([costs_N, features_NF]))
 
     def state(self) -> dict[str, Any]:
         """Numbers for a checkpoint's JSON, which keeps them exactly."""
