@@ -123,7 +123,7 @@ def training_memory(
     gradients = P / data if zero >= 2 else float(P)
     layer = _layer(config, s, tokens, activation, tensor)
     kept = kept_bytes(config, tokens, activation, checkpointing, s, tensor) + (layer if checkpointing else 0)
-    casts = s * parameters.linear if bf16 and zero != 3 else 0.0  # ZeRO-3 gathers them in bf16: see `_buffers`
+    casts = s * parameters.linear if bf16 else 0.0
     if checkpointing:
         casts /= config.layers  # each layer's, while it is recomputed
     activations = kept + casts + _passing(config, s, tokens, activation, tensor)
@@ -180,4 +180,4 @@ def _buffers(parameters: Parameters, zero: int, data: int) -> float:
         return 0.0 if data == 1 else 4.0 * min(parameters.total, BUCKET)
     if zero < 3:
         return 2 * 4.0 * BUCKET
-    return (2 + 4) * BUCKET + 2.0 * min(parameters.linear, LIVE) + 4.0 * min(parameters.other, LIVE)
+    return (2 + 4) * BUCKET + 4.0 * min(parameters.total, LIVE)  # gathered in fp32, as modules see them

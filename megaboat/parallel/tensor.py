@@ -82,7 +82,7 @@ class RowParallelLinear(nn.Module):
         self.weight, self.bias, self.group = linear.weight, linear.bias, group
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Reduce.apply(F.linear(x, self.weight), self.group)
+        y = _Reduce.apply(kernels.linear(to_compute_dtype(x), self.weight), self.group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
