@@ -1,4 +1,4 @@
-"""Multi-dimensional damped EMA (MD-EMA): the linear state-space layer that sees every token. MEGA, section 3.2."""
+"""The linear state-space layer that sees every token: MD-EMA (MEGA, section 3.2), and S4D-Real behind its interface."""
 
 from collections.abc import Callable
 
@@ -21,6 +21,7 @@ class DampedEMA(nn.Module):
 
     def __init__(self, width: int, order: int) -> None:
         super().__init__()
+        self.order = order
         self.smoothing = nn.Parameter(torch.empty(width, order))
         self.damping = nn.Parameter(torch.empty(width, order))
         self.expansion = nn.Parameter(torch.empty(width, order))
@@ -49,3 +50,30 @@ class DampedEMA(nn.Module):
             x_B1D = x_BD[:, None].to(state_BDN.dtype)
             y_B1D, state_BDN = ema_recurrence(x_B1D, *self.coefficients(), self.skip, state_BDN=state_BDN)
         return nn.functional.silu(y_B1D[:, 0].to(x_BD.dtype)), state_BDN
+
+
+class S4DReal(DampedEMA):
+    """A diagonal state-space model in continuous time, held between tokens (zero-order hold), with real poles.
+
+        h' = -rate h + x    decay = exp(-step rate)    y_t = SiLU( sum_k readout_k h_t,k + skip x_t )
+
+    S4D-Real of Gu et al. 2022 (arXiv 2206.11893): rates start at 1 .. N, the steps of channels log-uniform between
+    0.001 and 0.1, so that some channels remember a thousand tokens where MD-EMA starts with about six.
+    """
+
+    def __init__(self, width: int, order: int) -> None:
+        super().__init__(width, order)
+        for name in ("smoothing", "damping", "expansion", "projection"):
+            delattr(self, name)
+        self.log_rate = nn.Parameter(torch.empty(width, order))
+        self.log_step = nn.Parameter(torch.empty(width))
+        self.readout = nn.Parameter(torch.empty(width, order))
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """The kernels carry s with h = s (1 - decay) / rate."""
+        rate_DN = self.log_rate.exp()
+        spent_DN = -torch.expm1(-self.log_step.exp()[:, None] * rate_DN)
+        return 1 - spent_DN, self.readout * spent_DN / rate_DN
+
+
+SSMS = {"ema": DampedEMA, "s4d-real": S4DReal}

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from megaboat import kernels
 from megaboat.layers.configurator import Routing
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import DampedEMA
+from megaboat.layers.ema import SSMS
 from megaboat.layers.feedforward import FeedForward
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.linear import Linear
@@ -35,7 +35,7 @@ class SeqBoatBlock(nn.Module):
         assert value_dim is not None, "filled from the style by the config's validator"
         assert heads is not None, "as is this"
         self.norm = BranchNorm(width)
-        self.ema = DampedEMA(width, config.ema_order)
+        self.ema = SSMS[config.ssm](width, config.ema_order)
         self.linear = Linear(width, width)
         units = [
             GatedAttentionUnit(width, config.qk_dim, value_dim, config.window, heads, config.rope_base)
@@ -82,8 +82,7 @@ class SeqBoatBlock(nn.Module):
 
     def new_state(self, rows: int, like: Tensor) -> LayerState:
         """The state before any token. `like` gives device and dtype of the memory; the EMA state is fp32 or fp64."""
-        width, order = self.ema.smoothing.shape
-        ema_BDN = self.ema.smoothing.new_zeros(rows, width, order)
+        ema_BDN = self.ema.skip.new_zeros(rows, len(self.ema.skip), self.ema.order)
         return LayerState(ema_BDN, [unit.new_memory(rows, like) for unit in self.sma.units])
 
     def _feed_forward(self, x: Tensor) -> Tensor:

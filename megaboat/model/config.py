@@ -34,6 +34,8 @@ class SeqBoatConfig(Section):
     """Score heads with their own scales on the shared z. None: 1 (paper), E / 128 (scaled)."""
     ffn_dim: int | None = pydantic.Field(None, ge=0)
     """Hidden width of a SwiGLU feed-forward after each block, 0: none. None: 0 (paper), 8/3 x width (scaled)."""
+    ssm: Literal["ema", "s4d-real"] = "ema"
+    """What every token passes: the published moving average, or S4D-Real with as many states, to compare it with."""
     ema_order: int = pydantic.Field(16, gt=0, le=64)
     """States of the moving average a channel (N)."""
     window: int = pydantic.Field(1024, gt=0)

@@ -1,5 +1,6 @@
 """The SeqBoat language model: embedding, blocks, head; and all its initialisation in one function."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from megaboat import kernels
 from megaboat.layers.configurator import Configurator, Routing, initial_log_temperature
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import DampedEMA
+from megaboat.layers.ema import DampedEMA, S4DReal
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.norm import LayerNorm
 from megaboat.layers.precision import to_compute_dtype
@@ -170,6 +171,8 @@ def initialize(model: SeqBoat, seed: int) -> None:
     | EMA expansion                              | TN(0.02) + 1, -1, 1, -1, ... over N    |
     | EMA projection, skip                       | TN(1)                                  |
     | configurator temperature                   | temperature_scale * sqrt(width)        |
+
+    S4D-Real, in the average's place: rates 1 .. N, steps log-uniform in 0.001 .. 0.1, readout N(0, 1), skip TN(1).
     """
     generator = torch.Generator(device=model.embedding.weight.device).manual_seed(seed)
     for module in model.modules():
@@ -194,6 +197,12 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
             for scale, bias in ((module.scale_q, module.bias_q), (module.scale_k, module.bias_k)):
                 truncated(scale, 0.02)
                 bias.zero_()
+        case S4DReal():
+            states = torch.arange(1, module.order + 1, device=module.log_rate.device)
+            module.log_rate.copy_(states.log().expand_as(module.log_rate))
+            module.log_step.uniform_(math.log(1e-3), math.log(1e-1), generator=generator)
+            module.readout.normal_(0, 1, generator=generator)
+            truncated(module.skip, 1.0)
         case DampedEMA():
             truncated(module.smoothing, 0.2)
             truncated(module.damping, 0.2)

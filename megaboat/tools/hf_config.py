@@ -21,6 +21,7 @@ class SeqBoatConfig(PretrainedConfig):
         value_dim: int = 32,
         heads: int = 1,
         ffn_dim: int = 0,
+        ssm: str = "ema",
         ema_order: int = 16,
         window: int = 1024,
         modules: int = 1,
@@ -33,6 +34,6 @@ class SeqBoatConfig(PretrainedConfig):
         self.vocab_size, self.layers, self.width = vocab_size, layers, width
         self.qk_dim, self.value_dim, self.heads, self.ffn_dim = qk_dim, value_dim, heads, ffn_dim
         self.ema_order, self.window, self.modules = ema_order, window, modules
-        self.configurator = configurator
+        self.configurator, self.ssm = configurator, ssm
         self.temperature_scale, self.rope_base, self.dropout = temperature_scale, rope_base, dropout
         super().__init__(**({"tie_word_embeddings": True} | kwargs))

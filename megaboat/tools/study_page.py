@@ -144,7 +144,8 @@ def _table(findings: Findings) -> str:
     head = ["", "runs", "learning rate", "bits per byte", "active", "bottom / middle / top third", "domains, sd"]
     head += ["dead layers", "span", "settled after", "CV", "GFLOP a token", "PFLOP a run"]
     head += [f"slow-down at {ranks:,}" for ranks in RANKS]
-    return _table_of("Means over seeds, with 95 % intervals by Student's t", head, list(map(_row, findings.groups)))
+    what = "Means over the seeds of each group, with 95 % intervals by Student's t; of training, the last fifth."
+    return _table_of("Results", what, head, list(map(_row, findings.groups)))
 
 
 def _row(group: Group) -> str:
@@ -153,7 +154,7 @@ def _row(group: Group) -> str:
         spread = group.mean(lambda r: float(np.std(list(r.domains.values()))))
         cells += [
             _interval(group.mean(lambda r: r.activation), "{:.3f}"),
-            " / ".join(percent(share) for share in group.thirds()),
+            " / ".join(percent(share) if math.isfinite(share) else "-" for share in group.thirds()),
             f"{spread.mean:.3f}",
             f"{group.mean(lambda r: r.dead).mean:.1f} of {group.layers}",
             _whole(group.mean(lambda r: r.span).mean),
@@ -194,11 +195,11 @@ def _laws_table(laws: dict[str, list[Fitted]]) -> str:
             error = f"{fitted.held_out_error:.4f}" if math.isfinite(fitted.held_out_error) else "too few sizes"
             cells = f"<td>{escape(fitted.law.formula)}</td><td>{escape(told)}</td><td>{error}</td>"
             rows.append(f'<tr><th scope="row">{names[figure]}: {fitted.law.name}</th>{cells}</tr>')
-    caption = (
-        "Against x, the parameters outside the embedding; best first by the error at the largest size when fitted to "
-        "the others. Brackets: 95 %, bootstrap over the seeds of each size"
+    what = (
+        "Best first, by the error at the largest size when fitted to the others; x: parameters outside the embedding. "
+        "Brackets hold 95 % of a bootstrap over the seeds of each size."
     )
-    return _table_of(caption, ("law", "formula", "coefficients", "error at the size left out"), rows)
+    return _table_of("Laws of size", what, ("law", "formula", "coefficients", "error at the size left out"), rows)
 
 
 def _layer_table(fits: list[LayerFit]) -> str:
@@ -208,18 +209,20 @@ def _layer_table(fits: list[LayerFit]) -> str:
         told = ", ".join(f"{name} {i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}]" for name, i in values)
         cells = f"<td>{escape(told)}</td><td>{fit.held_out_error:.3f}</td>"
         rows.append(f'<tr><th scope="row">{", ".join(fit.terms)}</th>{cells}</tr>')
-    caption = (
-        "Single layers on the logit scale: depth is from the first to the last layer, size a factor of e in "
-        "parameters. Error: root mean square over the layers of the largest size, fitted to the others"
+    what = (
+        "Each layer by itself, on the logit scale: depth is from the first layer to the last, size a factor of e in "
+        "parameters. The error is the root mean square over the layers of the largest size, fitted to the others."
     )
-    return _table_of(caption, ("terms", "coefficients", "error at the size left out"), rows)
+    return _table_of("Layers", what, ("terms", "coefficients", "error at the size left out"), rows)
 
 
-def _table_of(caption: str, head: Sequence[str], rows: list[str]) -> str:
+def _table_of(caption: str, what: str, head: Sequence[str], rows: list[str]) -> str:
     cells = "".join(f'<th scope="col">{name}</th>' for name in head)
     return (
-        f'<div class="scroll" role="region" tabindex="0">\n<table>\n<caption>{caption}</caption>\n'
-        f"<thead><tr>{cells}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
+        f'<p>{what}</p>\n<div class="scroll" role="region" aria-label="{caption}" tabindex="0">\n<table>\n'
+        f"<caption>{caption}</caption>\n<thead><tr>{cells}</tr></thead>\n<tbody>\n"
+        + "\n".join(rows)
+        + "\n</tbody></table></div>"
     )
 
 
@@ -234,7 +237,7 @@ def _tiles(findings: Findings, laws: dict[str, list[Fitted]]) -> list[tuple[str,
         )
         tiles.append((spread, "of tokens run attention, by group"))
     tiles.append((f"{sum(result.cell.tokens for result in findings.results) / 1e6:,.0f} M", "tokens, all cells"))
-    tiles.append((f"{sum(result.flops for result in findings.results) / 1e15:,.1f}", "PFLOP realised, all cells"))
+    tiles.append((f"{sum(result.flops for result in findings.results) / 1e15:.3g}", "PFLOP realised, all cells"))
     if laws:
         best_law = laws["activation"][0]
         how = f"off by the best law of activation ({best_law.law.name}) at the largest size, fitted to the others"

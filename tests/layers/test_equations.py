@@ -8,7 +8,7 @@ from torch.func import functional_call
 from megaboat.kernels import plan_rows
 from megaboat.layers.configurator import Configurator
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import DampedEMA
+from megaboat.layers.ema import DampedEMA, S4DReal
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.model.block import SeqBoatBlock
 from megaboat.model.build import build_model
@@ -60,6 +60,24 @@ def test_ema_is_the_recurrence(layout: list[list[int]], order: int) -> None:
     y_BTD, _ = ema(x_BTD, docs.first_BT)
     for x, y in zip(documents_of(layout, x_BTD), documents_of(layout, y_BTD.detach()), strict=True):
         np.testing.assert_allclose(y, naive.silu(naive.damped_ema(x, naive.weights(ema))), **AGREE)
+
+
+def test_s4d_real_is_a_held_input_through_an_exact_exponential() -> None:
+    """h' = -rate h + x solved over each step by the matrix exponential of (h, x), which knows no (1 - decay) / rate."""
+    ssm, docs = naive.randomize(S4DReal(3, 2), 1), Documents.whole(1, 9)
+    x_BTD = gaussian(1, 9, 3)
+    w = naive.weights(ssm)
+    expected_TD = np.zeros((9, 3))
+    for j in range(3):
+        h, step = np.zeros(2), np.exp(w["log_step"][j])
+        for t in range(9):
+            for k in range(2):
+                system = torch.tensor([[-np.exp(w["log_rate"][j, k]), 1.0], [0.0, 0.0]], dtype=torch.float64)
+                flow = torch.linalg.matrix_exp(step * system).numpy()
+                h[k] = flow[0] @ [h[k], float(x_BTD[0, t, j])]
+            expected_TD[t, j] = w["readout"][j] @ h + w["skip"][j] * float(x_BTD[0, t, j])
+    y_BTD, _ = ssm(x_BTD, docs.first_BT)
+    np.testing.assert_allclose(y_BTD[0].detach().numpy(), naive.silu(expected_TD), **AGREE)
 
 
 @pytest.mark.parametrize("modules", [1, 3])

@@ -13,6 +13,7 @@ STYLES = {
     "paper": {"block": "paper"},
     "scaled": {"block": "scaled", "heads": 2, "ffn_dim": 64},
     "two-modules": {"block": "paper", "modules": 2},
+    "s4d-real": {"block": "paper", "ssm": "s4d-real"},
 }
 
 

@@ -144,3 +144,14 @@ def test_the_style_fills_what_was_not_chosen(
     assert unit.v.out_features == value_dim
     assert len(unit.scale_q) == heads
     assert (block.ffn is not None) == bool(ffn_dim)
+
+
+def test_s4d_real_starts_with_long_memories() -> None:
+    model = build_model(SeqBoatConfig(ssm="s4d-real", vocab_size=50, layers=1, width=4096, ema_order=5), 0)
+    ssm = model.blocks[0].ema
+    torch.testing.assert_close(ssm.log_rate.exp(), torch.arange(1.0, 6.0).expand(4096, 5))
+    step_D = ssm.log_step.exp()
+    assert 0.001 <= step_D.min() < 0.00101
+    assert 0.099 < step_D.max() <= 0.1
+    assert ssm.log_step.mean().item() == pytest.approx(math.log(0.01), abs=0.1)
+    normal(1.0)(ssm.readout)
