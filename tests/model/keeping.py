@@ -10,8 +10,10 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megaboat import kernels
 from megaboat.config import build_config
@@ -28,6 +30,7 @@ from megaboat.kernels.rotary_triton import rotary_heads_triton
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.model.config import SeqBoatConfig
+from megaboat.parallel.tensor import shard
 from tests.model.live import LiveBytes
 
 
@@ -52,6 +55,8 @@ def measure(case: dict[str, Any]) -> int:
         model.checkpoint_activations = case["checkpointing"]
         for block in model.blocks:  # a bias that decides alone
             block.sma.configurator.logits.bias.data.view(-1, 2)[:, 1] = 100.0 if case["active"] else -100.0
+        if case["tensor"] > 1:  # this process is the first rank; what others would send has the same sizes
+            shard(model, dist.group.WORLD)
         before = live.now
         output = model(tokens, docs, tokens)
         assert all(routing.active_XM.all() == case["active"] for routing in output.routings)
@@ -60,11 +65,12 @@ def measure(case: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     kernels.ema, kernels.silu_gate, kernels.join_rows = ema_triton, silu_gate_triton, join_rows_triton
     kernels.margins = margins_triton
     kernels.rotary_heads = lambda z, *rest: rotary_heads_triton(z, *rest[:3], turns(z.shape[1], rest[3], z.device))
     kernels.branch_norm = lambda x, weight, bias: branch_norm_triton(x, weight, bias, EPS)
-    kernels.linear = lambda x, *rest: (mixed_linear if x.dtype == torch.bfloat16 else F.linear)(x, *rest)
+    kernels.linear = lambda x, w, b=None: (mixed_linear if x.dtype == torch.bfloat16 else F.linear)(x, w, b)
     kernels.layer_norm = lambda x, weight=None, bias=None: layer_norm_triton(x, weight, bias, EPS)
     kernels.windowed_attention = attention
     flash.backends = lambda: {"torch": lambda q, k, v, *_: _Kept.apply(q, k, v)}
