@@ -48,16 +48,13 @@ class Study(Section):
 class Cell:
     """One run of a study."""
 
+    name: str
+    """The run folder's, by what differs."""
     levels: dict[str, str]
     """The cell's level on each axis, in the order of the file."""
     changes: tuple[str, ...]
     """`section.key=value`, for `megaboat train`."""
     config: RunConfig
-
-    @property
-    def name(self) -> str:
-        """The run folder's, by what differs."""
-        return re.sub(r"[^\w.=+-]", "-", "_".join(f"{axis}={level}" for axis, level in self.levels.items()))
 
     @property
     def out(self) -> Path:
@@ -92,10 +89,7 @@ def read_study(path: Path, out: Path | None = None, changes: list[str] | None = 
     """
     path = path / RESOLVED if path.is_dir() else path
     study = load_config(Study, path)
-    given = [override.partition("=") for override in changes or []]
-    if any(not separator or not key for key, separator, _ in given):
-        raise BadInput(f"{changes}: expected section.key=value")
-    for_all = study.set | {key: yaml.safe_load(value) for key, _, value in given}
+    for_all = study.set | dict(_key_and_value(override) for override in changes or [])
     study = study.model_copy(update={"base": path.parent / study.base, "out": out or study.out, "set": for_all})
     found: dict[str, Cell] = {}
     for grid in study.grids:
@@ -109,15 +103,13 @@ def read_study(path: Path, out: Path | None = None, changes: list[str] | None = 
 
 
 def write_study(plan: Plan) -> None:
-    """The study and its base into its folder: `study.yaml` there is all that a report or a later run needs.
-
-    Raises BadInput where the folder has another study.
-    """
+    """The study and its base into its folder: `study.yaml` there is all that a report or a later run needs."""
     out = plan.study.out
     resolved = plan.study.model_copy(update={"base": Path(BASE)}).model_dump(mode="json")
-    for name, text in ((BASE, plan.study.base.read_text()), (RESOLVED, yaml.safe_dump(resolved, sort_keys=False))):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(text)
+    base = plan.study.base.read_text()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / BASE).write_text(base)
+    (out / RESOLVED).write_text(yaml.safe_dump(resolved, sort_keys=False))
 
 
 def check_folders(plan: Plan) -> None:
@@ -201,10 +193,21 @@ def _cells(study: Study, grid: Mapping[str, list[Any] | dict[str, Changes]]) -> 
         changes = dict(study.set)
         for _, changed in point:
             changes |= changed
+        name = re.sub(r"[^\w.=+-]", "-", "_".join(f"{axis}={level}" for axis, level in levels.items()))
+        changes["train.out"] = str(study.out / "cells" / name)
         written = tuple(f"{key}={_one_line(value)}" for key, value in changes.items())
-        cell = Cell(levels, written, RunConfig())
-        out = f"train.out={study.out / 'cells' / cell.name}"
-        yield Cell(levels, (*written, out), load_config(RunConfig, study.base, [*written, out]))
+        yield Cell(name, levels, written, load_config(RunConfig, study.base, written))
+
+
+def _key_and_value(override: str) -> tuple[str, Any]:
+    key, separator, text = override.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        separator = ""
+    if not separator or not key:
+        raise BadInput(f"override {override!r}: expected section.key=value")
+    return key, value
 
 
 def _levels(axis: str, levels: list[Any] | dict[str, Changes]) -> Iterator[tuple[str, Changes]]:

@@ -80,6 +80,12 @@ def test_a_grid_is_every_combination_and_grids_are_joined(tmp_path: Path) -> Non
     assert [(cell.name, cell.config) for cell in again.cells] == [(cell.name, cell.config) for cell in plan.cells]
 
 
+def test_overrides_that_are_none_are_refused(tmp_path: Path) -> None:
+    for override in ("train.steps", "=5", "model.window=[1"):
+        with pytest.raises(BadInput, match="expected section.key=value"):
+            study(tmp_path, [{"model.window": [4]}], override)
+
+
 @pytest.mark.parametrize(
     ("grids", "message"),
     [
