@@ -73,16 +73,16 @@ class PendingRows:
 
 def begin_plan(active_X: Tensor, cu_seqlens: Tensor) -> PendingRows:
     """Start packing and the copy of the sizes; do other work on the device, then call `finish`."""
-    if not active_X.is_cuda:
-        row_X, borders = _place(active_X, cu_seqlens)
-        return PendingRows(active_X, row_X, borders.int(), torch.stack([borders[-1], borders.diff().amax()]), None)
-    from megaboat.kernels.rows_triton import place_triton
+    if active_X.is_cuda:
+        from megaboat.kernels.rows_triton import place_triton
 
-    row_X, cu_rows, sizes = place_triton(active_X, cu_seqlens)
-    sizes = torch.empty(2, dtype=sizes.dtype, device="cpu", pin_memory=True).copy_(sizes, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return PendingRows(active_X, row_X, cu_rows, sizes, arrived)
+        row_X, cu_rows, sizes = place_triton(active_X, cu_seqlens)
+        sizes = torch.empty(2, dtype=sizes.dtype, device="cpu", pin_memory=True).copy_(sizes, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return PendingRows(active_X, row_X, cu_rows, sizes, arrived)
+    row_X, borders = _place(active_X, cu_seqlens)
+    return PendingRows(active_X, row_X, borders.int(), torch.stack([borders[-1], borders.diff().amax()]), None)
 
 
 def _place(active_X: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
