@@ -35,7 +35,7 @@ from megaboat.engine.optim import parameter_groups
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.model.seqboat import SeqBoat
-from megaboat.parallel import sequence, tensor
+from megaboat.parallel import exchange, sequence, tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -98,6 +98,9 @@ class Engine:
         if ranks.sequence_group is not None:
             assert isinstance(model, SeqBoat), "as it does sequence parallelism"
             sequence.join(model, ranks.sequence_group)
+        if config.balance.exchange > 1:
+            assert isinstance(model, SeqBoat), "and an exchange of rows"
+            exchange.join(model, ranks.neighbours(config.balance.exchange))
         groups = parameter_groups(model, config.optim.weight_decay)
         optimizer = torch.optim.AdamW(
             groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=ranks.device.type == "cuda"

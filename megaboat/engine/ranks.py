@@ -79,6 +79,10 @@ class Ranks:
             replica_group=_my_group(mesh.flatten(0, 1).T) if tensor > 1 else None,
         )
 
+    def neighbours(self, count: int) -> dist.ProcessGroup:
+        """The group of `count` neighbouring ranks that this one belongs to. All ranks take part."""
+        return _my_group(torch.arange(self.size).view(-1, count))
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over replicas, in place."""
         if self.replicas > 1:

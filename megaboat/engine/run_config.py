@@ -11,7 +11,7 @@ from megaboat.engine.optim import OptimConfig
 from megaboat.errors import BadInput
 from megaboat.model.config import ModelConfig, SeqBoatConfig
 from megaboat.parallel.balance.config import BalanceConfig
-from megaboat.parallel.obstacles import sequence_obstacle, tensor_obstacle
+from megaboat.parallel.obstacles import exchange_obstacle, sequence_obstacle, tensor_obstacle
 
 
 class TrainConfig(Section):
@@ -104,10 +104,13 @@ class RunConfig(Section):
         """Raises BadInput when the model or the batch cannot be dealt to the ranks."""
         tensor, sequence = self.parallel.tensor, self.parallel.sequence
         lengths = {self.data.row_len or self.data.seq_len, *(p.row_len for p in self.data.phases if p.row_len)}
+        together, exchange = tensor * sequence, self.balance.exchange
         obstacle = tensor_obstacle(self.model, tensor) or sequence_obstacle(self.model, lengths, sequence)
+        obstacle = obstacle or exchange_obstacle(self.model, exchange, together)
         if obstacle is not None:
             raise BadInput(obstacle)
-        together = tensor * sequence
+        if ranks % exchange:
+            raise BadInput(f"{ranks} ranks are not a multiple of balance.exchange {exchange}; set it to a divisor")
         if ranks % together:
             raise BadInput(
                 f"{ranks} ranks are not a multiple of parallel.tensor {tensor} x parallel.sequence {sequence}"

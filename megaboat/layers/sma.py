@@ -3,7 +3,8 @@
 y_t = sum_i a_ti c_ti f_i(h)_t        a in {0, 1}: decision    c in (1/2, 1): confidence
 """
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,8 @@ class SparseModularActivation(nn.Module):
         super().__init__()
         self.units = nn.ModuleList(modules)
         self.configurator = Configurator(width, len(self.units), arm)
+        self.run: Callable[..., Tensor] = operator.call
+        """How a unit is called with its arguments: here, or by ranks that share their rows."""
 
     def route(self, h_BTD: Tensor, active_XM: Tensor | None = None) -> Routing:
         """The decisions for each token, or those of `active_XM` again."""
@@ -56,7 +59,8 @@ class SparseModularActivation(nn.Module):
         last = len(self.units) - 1
         for i, (unit, plan) in enumerate(zip(self.units, plans or self.plan(routing, docs), strict=True)):
             rows = plan.finish()
-            out_RD = unit(kernels.compress(h_XD, rows), rows, docs, memories[i] if memories is not None else None)
+            memory = memories[i] if memories is not None else None
+            out_RD = self.run(unit, kernels.compress(h_XD, rows), rows, docs, memory)
             residual_XD = residual_BTD.flatten(0, 1) if residual_BTD is not None and i == last else None
             y_XD = kernels.join_rows(y_XD, out_RD, routing.confidence_XM[:, i], rows, residual_XD)
         return y_XD.view_as(h_BTD)

@@ -19,6 +19,17 @@ def tensor_obstacle(config: ModelConfig, tensor: int) -> str | None:
     return None
 
 
+def exchange_obstacle(config: ModelConfig, exchange: int, together: int) -> str | None:
+    """Why neighbours cannot share their active rows; `together` ranks read the same ones. None where they can."""
+    if exchange == 1:
+        return None
+    if not isinstance(config, SeqBoatConfig):
+        return f"balance.exchange {exchange} is for model.family seqboat, not {config.family}; set balance.exchange=1"
+    if together > 1:
+        return f"balance.exchange {exchange} goes with neither parallel.tensor nor parallel.sequence; set it to 1"
+    return None
+
+
 def sequence_obstacle(config: ModelConfig, lengths: set[int], sequence: int) -> str | None:
     """Why rows of these lengths cannot be cut over `sequence` ranks, with the numbers; None where they can."""
     if sequence > 1 and not isinstance(config, SeqBoatConfig):

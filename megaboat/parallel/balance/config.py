@@ -10,11 +10,15 @@ Share = Annotated[float, pydantic.Field(gt=0, lt=1)]
 
 
 class BalanceConfig(Section):
-    """Section `balance` of a run. `assignment` changes no gradient; everything below it changes the model."""
+    """Section `balance` of a run. `assignment` and `exchange` change no gradient;
+    everything below `trace_every` changes the model."""
 
     assignment: Literal["cost", "none", "domain"] = "cost"
     """cost: deal the windows of each global batch so that ranks have about the same work. none: in their order. domain:
     sorted by source, as shards of one source a rank would be: the bad case, to measure against."""
+    exchange: int = pydantic.Field(1, gt=0)
+    """So many neighbouring ranks compute the active rows of each layer in even parts, where `assignment` leaves much:
+    ZeRO-3, few windows a rank; for ranks that NVLink joins. 1: each its own."""
     trace_every: int = pydantic.Field(100, ge=0)
     """Steps between lines of `trace.jsonl`, which `megaboat balance simulate` replays; 0: none."""
     budget: Share | None = None
