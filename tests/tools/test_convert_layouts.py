@@ -7,13 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megaboat.config import load_config
 from megaboat.engine.build import open_run
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
+from megaboat.layers.documents import Documents
+from megaboat.model.build import LanguageModel
 from megaboat.tools import hf_export
 from megaboat.tools.hf_export import export, import_export
+from megaboat.tools.loading import load_run
+from tests.corpus import real_texts
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import tiny_config
 from tests.engine.runs import train_on_rank
@@ -33,6 +39,12 @@ def save_again(ranks: Ranks, config: RunConfig) -> int:
 
 def weights(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+@torch.no_grad()
+def activation(model: LanguageModel, tokens_BT: torch.Tensor) -> float:
+    routings = model(tokens_BT, Documents.whole(*tokens_BT.shape)).routings
+    return float(torch.stack([routing.active_XM for routing in routings]).float().mean())
 
 
 @pytest.mark.slow
@@ -57,6 +69,26 @@ def test_any_layout_s_checkpoint_exports_to_the_same_bytes(tmp_path: Path, monke
     import_export(tmp_path / "first", tmp_path / "back")
     export(tmp_path / "back", tmp_path / "second", shard_bytes=20_000)
     assert weights(tmp_path / "second") == first
+
+
+@pytest.mark.slow
+def test_an_export_keeps_the_thresholds_of_a_budget(tmp_path: Path) -> None:
+    """Proved as any export, decision by decision; without its thresholds it would activate another share."""
+    run, out = tmp_path / "run", tmp_path / "export"
+    changes = {"train__steps": 30, "balance__budget": 0.2, "train__eval_every": 0}
+    run_on_ranks(train_on_rank, 2, tiny_config(make_dataset(tmp_path), run, **changes))
+    proof = export(run, out)
+    assert proof["decisions"] > 0
+    kept = {name: tensor for name, tensor in load_file(out / "model.safetensors").items() if "threshold" in name}
+    assert len(kept) == 2
+    assert all(bool(tensor) for tensor in kept.values()), "they have moved"
+    opened = load_run(out)
+    tokens = torch.tensor([opened.tokenizer.encode(real_texts(9)[8])[:512].tolist()])
+    held = activation(opened.model, tokens)
+    for buffer in (buffer for name, buffer in opened.model.named_buffers() if "threshold" in name):
+        buffer.zero_()
+    assert held == pytest.approx(0.2, abs=0.1)
+    assert activation(opened.model, tokens) != pytest.approx(held, abs=0.02)
 
 
 @pytest.mark.slow
