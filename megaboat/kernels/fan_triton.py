@@ -1,4 +1,4 @@
-"""The sum of several tensors on GPUs: each is read once, and what is added in fp32 is rounded once."""
+"""Gradients that meet, on GPUs: each is read once, and what is added in fp32 is rounded once."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048
+
+
+def fan_out_triton(x: Tensor, uses: int) -> tuple[Tensor, ...]:
+    """`fan.fan_out`."""
+    return _FanOut.apply(x, uses)
+
+
+class _FanOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, uses):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for _ in range(uses))
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        found = [gradient for gradient in gradients if gradient is not None]
+        return (add_triton(found) if found else None), None
 
 
 def add_triton(parts: Sequence[Tensor]) -> Tensor:

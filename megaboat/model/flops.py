@@ -90,9 +90,13 @@ def training_flops(
     length: int,
     activation: float,
     recomputes: bool = False,
-    zero: int = 1,
+    to_the_end: bool = False,
 ) -> float:
-    """Of one step on rows of `length`, each one document; with `recomputes` what is executed, not what is useful."""
+    """Of one step on rows of `length`, each one document; with `recomputes` what is executed, not what is useful.
+
+    to_the_end: recomputation does a block's last product too, as under ZeRO-3, whose hooks hang on every module's
+    result, and in bf16 on GPUs, where a function of our own keeps its inputs when it is done (`kernels.linear`).
+    """
     if isinstance(config, LlamaConfig):
         forward, last = llama_flops(config, tokens, length), config.hidden
     else:
@@ -101,7 +105,7 @@ def training_flops(
     if not recomputes:
         return 3 * forward
     again = 4 * forward - head_flops(config, tokens)
-    if zero == 3:  # its hooks hang on every module's result
+    if to_the_end:
         return again
     # Recomputation stops before the feed-forward's last product: nothing needs its result again.
     return again - config.layers * 2.0 * config.width * last * tokens

@@ -247,9 +247,8 @@ def planned_flops(case: Case, activation: float) -> float:
     train, length = case.config.train, case.config.data.seq_len
     parameters = rank_parameters(case.config, case.config.parallel.tensor)
     tokens = train.global_batch * length
-    flops = training_flops(
-        case.config.model, tokens, length, activation, train.checkpoint_activations, case.config.parallel.zero
-    )
+    to_the_end = case.config.parallel.zero == 3 or (train.precision == "bf16" and torch.cuda.is_available())
+    flops = training_flops(case.config.model, tokens, length, activation, train.checkpoint_activations, to_the_end)
     return flops * parameters.total * case.config.parallel.tensor / parameters.whole
 
 

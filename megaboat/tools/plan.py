@@ -80,11 +80,12 @@ def gpu_counts(text: str) -> list[int]:
 def flops_table(config: RunConfig, parameters: Parameters, activation: float) -> str:
     """GFLOP a token of a training step, dense-equivalent (6 a parameter) and by activation."""
     length = config.data.seq_len
+    to_the_end = config.parallel.zero == 3 or config.train.precision == "bf16"
     lines = [f"{'GFLOP a token, forward and backward':<40}{6 * parameters.total / 1e9:10.3f}  as 6 a parameter"]
     shares = sorted({activation, 1.0}) if isinstance(config.model, SeqBoatConfig) else [1.0]
     for share in shares:
         useful = training_flops(config.model, 1, length, share) / 1e9
-        executed = training_flops(config.model, 1, length, share, True, config.parallel.zero) / 1e9
+        executed = training_flops(config.model, 1, length, share, True, to_the_end) / 1e9
         lines.append(f"{'':<40}{useful:10.3f}  at activation {share:g}; {executed:.3f} with recomputation")
     return "\n".join(lines)
 

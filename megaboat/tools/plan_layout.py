@@ -113,7 +113,8 @@ def step_seconds(
 ) -> tuple[float, float]:
     """(computing, waiting for communication) of a step at best: no gaps between kernels, no slow disk."""
     tokens = config.train.global_batch * config.data.seq_len
-    flops = training_flops(config.model, tokens, config.data.seq_len, activation, layout.checkpointing, layout.zero)
+    to_the_end = layout.zero == 3 or config.train.precision == "bf16"
+    flops = training_flops(config.model, tokens, config.data.seq_len, activation, layout.checkpointing, to_the_end)
     flops *= parameters.total / parameters.whole / layout.copies  # what tensor ranks hold alike, they compute alike
     kept = _kept(config, layout, activation) * tokens / layout.copies * (4 / 3 if layout.checkpointing else 1)
     shared = layout.copies if layout.zero else 1

@@ -40,7 +40,7 @@ def stepped(model: SeqBoat, tokens_BT: Tensor, state: DecodingState) -> Read:
 
 def chunk(model: SeqBoat, tokens_BT: Tensor, state: DecodingState) -> Read:
     """The same, as one piece that continues from `state`."""
-    out = read(model, tokens_BT, Documents.whole(*tokens_BT.shape, start_B=state.position_B), state)
+    out = read(model, tokens_BT, Documents.whole(*tokens_BT.shape, tokens_BT.device, state.position_B), state)
     return logits(model, out), decisions(out, len(tokens_BT))
 
 
