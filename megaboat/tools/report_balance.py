@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from megaboat.tools.report_style import LIGHT, Theme, count_steps, dress, headline, layer_ticks, legend, new_figure
 
 SERIES = ("imbalance_cost", "imbalance_rows", "imbalance_time", "rule_of_thumb", "cv1")
-HEADROOM = 1.2  # the legend lies above the highest peak
+HEADROOM = 1.5  # the legend lies above the highest peak
 CAPTIONS = {
     "inside_the_switches": "Two things about the active tokens, layer by layer. Confidence: how sure the switch was, "
     "from 50 % (a toss-up) to 100 %. Reach: how many tokens back the oldest one lies that an active token can look "
@@ -109,7 +109,7 @@ def imbalance_figure(details: Details, theme: Theme = LIGHT) -> Figure:
     )
     axes.set_ylim(1, 1 + HEADROOM * (axes.get_ylim()[1] - 1))
     count_steps(axes)
-    legend(axes, theme, loc="upper right", ncols=3)
+    legend(axes, theme, loc="upper right")
     return figure
 
 
