@@ -70,7 +70,17 @@ def _run(command: str, argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    return module.run(parser.parse_args(argv)) or 0
+    return module.run(_parse(parser, argv)) or 0
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """argparse takes all positional arguments before the first option; overrides may follow one, too."""
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in arguments or any(text.startswith("-") or "=" not in text for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 if __name__ == "__main__":

@@ -125,3 +125,18 @@ def test_a_dense_baseline_is_planned_too(capsys: pytest.CaptureFixture[str]) -> 
     model = "model={family: llama, layers: 12, width: 512, heads: 8, vocab_size: 32000}"
     assert main(["plan", str(CONFIGS / "1b.yaml"), model, "--gpus", "8", "--gpu", "A100"]) == 0
     assert "at activation 1;" in capsys.readouterr().out
+
+
+def test_overrides_stand_before_or_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for line in (["model.layers=3", "--gpus", "8"], ["--gpus", "8", "model.layers=3"], ["--gpus", "8"]):
+        assert main(["plan", str(CONFIGS / "125m.yaml"), *line]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_what_is_no_override_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for stray in ("model.layers", "--layers=3"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", str(CONFIGS / "125m.yaml"), "--gpus", "8", stray])
+        assert f"unrecognized arguments: {stray}" in capsys.readouterr().err
