@@ -19,7 +19,7 @@ from megaboat.model.llama import Llama
 from megaboat.model.seqboat import SeqBoat
 
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements, allocated whole whatever the model's size
-LIVE = 1_000_000_000  # its stage3_max_live_parameters: what ZeRO-3 gathers at a time
+LIVE = 1_000_000_000  # its stage3_max_live_parameters: the most that ZeRO-3 gathers at a time
 
 # {class: {parameter: dimension}}: what each rank of a tensor-parallel group holds a part of.
 Cut = Mapping[type[nn.Module], Mapping[str, int]]
@@ -126,8 +126,11 @@ def training_memory(
     casts = s * parameters.linear if bf16 else 0.0
     if checkpointing:
         casts /= config.layers  # each layer's, while it is recomputed
-    activations = kept + casts + _passing(config, s, tokens, activation, tensor)
-    logits = _loss(config, s, tokens, tensor)
+    passing = _passing(config, s, tokens, activation, tensor)
+    activations = kept + casts + passing
+    # The loss's chunks are gone when the last layer is recomputed and its gradients pass; the head's gradient stays.
+    chunks, head = _loss(config, s, tokens, tensor)
+    logits = head + max(0.0, chunks - passing - (layer if checkpointing else 0))
     # When a step begins, activations are gone and ZeRO 1 and 2 copy the part of the gradient that is theirs.
     late = max(0.0, 4 * P / data - activations - logits) if zero in (1, 2) else 0.0
     return Memory(
@@ -136,7 +139,7 @@ def training_memory(
         optimizer=8 * P / (data if zero else 1) + 4 * master,
         activations=activations,
         logits=logits,
-        buffers=_buffers(parameters, zero, data) + late,
+        buffers=_buffers(parameters, config.layers, zero, data) + late,
     )
 
 
@@ -163,21 +166,21 @@ def _passing(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, activatio
     D = config.width
     if isinstance(config, LlamaConfig):
         return tokens * s * (3 * config.hidden + 2 * D)
-    feed_forward = 3 * (config.ffn_dim or 0) / tensor + 2 * D
+    feed_forward = 2 * (config.ffn_dim or 0) / tensor + 2 * D  # of three, when the product that was kept is gone
     attention = 3 * D + activation * (5 * (config.value_dim or 0) / tensor + 2 * D)
     return tokens * s * max(feed_forward, attention)
 
 
-def _loss(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, tensor: int) -> float:
-    """A chunk's logits and those of the chunk before; the head's weight, one product and their fp32 sum."""
+def _loss(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, tensor: int) -> tuple[float, float]:
+    """A chunk's logits and those of the chunk before, the head's weight and one product; its gradient in fp32."""
     V = (config.vocab_size or 0) / tensor
-    return 2 * min(tokens, CHUNK) * V * s + V * config.width * (4 + 2 * s)
+    return 2 * min(tokens, CHUNK) * V * s + V * config.width * 2 * s, V * config.width * 4
 
 
-def _buffers(parameters: Parameters, zero: int, data: int) -> float:
+def _buffers(parameters: Parameters, layers: int, zero: int, data: int) -> float:
     """DeepSpeed's buckets: one for gradients that travel in bf16 and one for those in fp32."""
     if zero == 0:
         return 0.0 if data == 1 else 4.0 * min(parameters.total, BUCKET)
     if zero < 3:
         return 2 * 4.0 * BUCKET
-    return (2 + 4) * BUCKET + 4.0 * min(parameters.total, LIVE)  # gathered in fp32, as modules see them
+    return (2 + 4) * BUCKET + 4.0 * min(parameters.total / layers, LIVE)  # and the layer at hand, gathered in fp32

@@ -16,6 +16,7 @@ from megaboat.data.batch import Batch, assemble
 from megaboat.engine.checkpoint import CheckpointWriter, agreed_checkpoint
 from megaboat.engine.deepspeed import Engine
 from megaboat.engine.evaluate import documents
+from megaboat.engine.optim import learning_rate
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.model.build import LanguageModel, build_model
@@ -83,7 +84,7 @@ def measure(
         losses.append(_forward_backward(engine, config, ranks, batch))
         if number < warm_up:
             norms.append(engine.gradient_norm())
-        engine.step(config.optim.lr)
+        engine.step(learning_rate(config.optim, number, config.train.steps))
         _wait(ranks)
         seconds.append(time.perf_counter() - started)
     seconds = seconds[warm_up:]

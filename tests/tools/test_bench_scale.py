@@ -29,7 +29,8 @@ TREE = {
         "ema_order": 2,
     },
     "data": {"seq_len": 32},
-    "train": {"global_batch": 4, "micro_batch": 1, "precision": "fp32", "checkpoint_activations": True},
+    "train": {"global_batch": 4, "micro_batch": 1, "precision": "fp32"},
+    "optim": {"warmup": 0.0},
 }
 
 
