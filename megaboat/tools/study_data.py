@@ -167,17 +167,21 @@ class Findings:
         """Where the group stands from left to right: its size, the number that its level is, or its rank."""
         if self.is_scaling:
             return float(group.parameters)
-        level = group.levels.get(self.main_axis or "", "")
+        level = self._level(group)
         try:
             return float(level)
         except ValueError:
-            return float([g.levels.get(self.main_axis or "") for g in self.groups].index(level))
+            return float([self._level(other) for other in self.groups].index(level))
 
     @property
     def is_numeric(self) -> bool:
         """Whether the places are numbers with a meaning."""
-        levels = [group.levels.get(self.main_axis or "", "") for group in self.groups]
+        levels = [self._level(group) for group in self.groups]
         return self.is_scaling or all(level.replace(".", "", 1).isdigit() for level in levels)
+
+    def _level(self, group: Group) -> str:
+        """On the main axis; empty where a study compares nothing, or the group has no such axis."""
+        return group.levels.get(self.main_axis or "", "")
 
     def rates(self, levels: dict[str, str]) -> dict[float, list[Result]]:
         """Of a combination of factors, the runs by learning rate."""

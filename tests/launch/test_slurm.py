@@ -256,9 +256,28 @@ def submit_sweep(cluster: Cluster, folder: Path, data: Path) -> "subprocess.Comp
     return launch(cluster, config, *options, "--sweep", "train.seed=0,1,2,3,4,5")
 
 
+def test_a_study_is_one_array_of_what_is_missing(cluster: Cluster, dataset_folder: Path, tmp_path: Path) -> None:
+    write_config(tmp_path / "base.yaml", tiny_tree(dataset_folder, tmp_path / "unused", train__steps=10))
+    tree = {"question": "?", "base": "base.yaml", "out": str(tmp_path / "study"), "grids": [{"train.seed": [0, 1]}]}
+    command = ["study", "run", str(write_config(tmp_path / "study.yaml", tree))]
+    slurm = ("--slurm", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--share")
+    folders = [tmp_path / "study" / "cells" / f"seed={seed}" for seed in (0, 1)]
+    first = megaboat(cluster, *command, *slurm)
+    assert first.stdout.count("job ") == 2, first.stderr
+    until(lambda: all(is_done(folder, 10) for folder in folders), PATIENCE, "both cells")
+    again = megaboat(cluster, *command, *slurm)
+    assert "2 done" in again.stdout
+    assert again.stdout.count("job ") == 0
+    assert "report: " in megaboat(cluster, "study", "report", str(tmp_path / "study")).stdout
+
+
 def launch(cluster: Cluster, config: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    return megaboat(cluster, "launch", str(config), *options)
+
+
+def megaboat(cluster: Cluster, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "megaboat", "launch", str(config), *options],
+        [sys.executable, "-m", "megaboat", *words],
         env=cluster.environment | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
