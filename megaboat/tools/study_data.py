@@ -160,8 +160,9 @@ class Findings:
 
     @property
     def is_scaling(self) -> bool:
-        """Whether sizes are compared: then laws are fitted."""
-        return len({group.parameters for group in self.groups}) >= 3
+        """Whether sizes are compared, and not blocks of about one size: then laws are fitted."""
+        sizes = {group.parameters for group in self.groups}
+        return len(sizes) >= 3 and max(sizes) > 2 * min(sizes)
 
     def place(self, group: Group) -> float:
         """Where the group stands from left to right: its size, the number that its level is, or its rank."""
