@@ -19,11 +19,11 @@ def corpus_folder() -> Path:
 
 
 def real_texts(count: int, max_chars: int = 20_000) -> list[str]:
-    """The first `count` standard library modules as texts, each cut to `max_chars`."""
-    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:count]
-    texts = [path.read_text(encoding="utf-8", errors="replace")[:max_chars] for path in paths]
-    assert len(texts) == count, "the standard library holds fewer modules than the test asks for"
-    return texts
+    """The first `count` standard library modules as texts, each cut to `max_chars`; equal ones once."""
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    texts = list(dict.fromkeys(path.read_text(encoding="utf-8", errors="replace")[:max_chars] for path in paths))
+    assert len(texts) >= count, "the standard library holds fewer modules than the test asks for"
+    return texts[:count]
 
 
 def write_jsonl(path: Path, texts: list[str], sources: tuple[str, ...] = ("Lib", "Other (x)")) -> Path:

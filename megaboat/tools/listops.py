@@ -23,7 +23,7 @@ from megaboat.config_keys import describe_keys
 from megaboat.data.listops import CLASSES, PAD, SYMBOLS, Trees, content_hash, make_listops, open_listops
 from megaboat.engine.hooks import JsonLines
 from megaboat.engine.stop import StopRequest, write_outcome
-from megaboat.errors import BadInput, Diverged
+from megaboat.errors import BadInput, DamagedData, Diverged
 from megaboat.log import get_logger, setup_logging
 from megaboat.model.classifier import ClassifierConfig, build_classifier
 
@@ -205,7 +205,10 @@ class Classification:
         changed = [key for key, value in held if key not in free and value != getattr(self.config, key)]
         if changed:
             raise BadInput(f"{file} is of another run: {changed[0]} differs; name another out")
-        state = torch.load(file, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError) as error:
+            raise DamagedData(f"{file} is damaged ({str(error).splitlines()[0]}); remove it to begin again") from None
         self.step, self.best = state["step"], state["best"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

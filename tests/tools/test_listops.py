@@ -8,6 +8,7 @@ import pytest
 from megaboat.cli import main
 from megaboat.config import load_config
 from megaboat.data.listops import make_listops, open_listops
+from megaboat.errors import DamagedData
 from megaboat.tools.listops import Classification, ListOpsConfig, learning_rate
 
 CONFIG = Path(__file__).parents[2] / "configs" / "listops.yaml"
@@ -54,3 +55,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path) -> None:
     assert resumed.step == 7
     parts += [resumed.update()["loss"] for _ in range(9)]
     assert parts == losses
+    file = config.out / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DamagedData, match=r"checkpoint.pt is damaged .* remove it to begin again"):
+        Classification(config, splits)
