@@ -18,6 +18,7 @@ from megaboat.parallel.balance.statistics import DEAD, SATURATED, LayerSums
 # Of the threshold in a step. Margins drift by half of their spread in 50 steps at high learning rates: a mean over ten
 # steps, which is steadier on still margins, runs up to 0.06 behind the budget then.
 KEEP = 0.5
+FOLLOW = 0.2  # of each gap goes into the trend: margins that all grow would else leave the threshold behind
 PATIENCE = 100  # steps
 
 
@@ -31,6 +32,7 @@ class Control:
         """Active share in the last global batch, for the ratio loss."""
         self.watch = Watch()
         self._borders: Tensor | None = None
+        self._trend_LM = [[0.0] * len(configurator.threshold_M) for configurator in self.configurators]
         if config.capacity is not None:
             for configurator in self.configurators:
                 configurator.register_forward_hook(self._turn_away)
@@ -75,26 +77,34 @@ class Control:
         self.fraction_LM = torch.from_numpy(ratio_LM)
         if self.moves_thresholds and sums is not None:
             for layer, configurator in enumerate(self.configurators):
-                self._move(configurator.threshold_M, sums.margins_LMK[layer], sums.threshold_LM[layer])
+                self._move(layer, configurator.threshold_M, sums.margins_LMK[layer], sums.threshold_LM[layer])
         return self.watch.update(ratio_LM)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the thresholds, which are buffers of the model."""
         fraction = self.fraction_LM.tolist() if self.fraction_LM is not None else None
-        return {"fraction_LM": fraction, "idle_LM": self.watch.idle_LM, "full_LM": self.watch.full_LM}
+        return {
+            "fraction_LM": fraction,
+            "trend_LM": self._trend_LM,
+            "idle_LM": self.watch.idle_LM,
+            "full_LM": self.watch.full_LM,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         fraction = state["fraction_LM"]
         self.fraction_LM = torch.tensor(fraction, dtype=torch.float64) if fraction is not None else None
+        self._trend_LM = state.get("trend_LM", self._trend_LM)
         self.watch.idle_LM, self.watch.full_LM = state["idle_LM"], state["full_LM"]
 
     @torch.no_grad()
-    def _move(self, threshold_M: Tensor, margins_MK: np.ndarray, counted_from_M: np.ndarray) -> None:
+    def _move(self, layer: int, threshold_M: Tensor, margins_MK: np.ndarray, counted_from_M: np.ndarray) -> None:
         for m, margins_K in enumerate(margins_MK):
             zero = float(counted_from_M[m])
             if self.config.budget is not None:
-                wanted = zero + quantile(margins_K, self.config.budget)
-                moved = KEEP * float(threshold_M[m]) + (1 - KEEP) * wanted
+                gap = zero + quantile(margins_K, self.config.budget) - float(threshold_M[m])
+                trend_M = self._trend_LM[layer]
+                moved = float(threshold_M[m]) + (1 - KEEP) * gap + trend_M[m]
+                trend_M[m] += FOLLOW * gap
             else:
                 low, high = (zero + quantile(margins_K, share) for share in (self.config.ceil, self.config.floor))
                 moved = min(max(0.0, low), high)
