@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import shlex
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -164,9 +165,14 @@ def _table(run: Run, last: Evaluation) -> str:
     rows = [_row(run, ALL_TEXT, last.overall, beside)]
     rows += [_row(run, name, last.domains[name], beside) for name in sorted(last.domains)]
     caption = f"Bits per byte on held-out text ({escape(last.split)}), step {last.step:,}"
+    return table_html("Bits per byte", caption, WHAT_BITS, head, rows)
+
+
+def table_html(label: str, caption: str, what: str, head: Sequence[str], rows: Sequence[str]) -> str:
+    """A table that scrolls by itself; `label` names it to screen readers. All but `head` are HTML already."""
     cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     return (
-        f'<p>{WHAT_BITS}</p>\n<div class="scroll" role="region" aria-label="Bits per byte" tabindex="0">\n'
+        f'<p>{what}</p>\n<div class="scroll" role="region" aria-label="{label}" tabindex="0">\n'
         f"<table>\n<caption>{caption}</caption>\n<thead><tr>{cells}</tr></thead>\n<tbody>\n"
         + "\n".join(rows)
         + "\n</tbody></table></div>"

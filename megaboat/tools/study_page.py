@@ -1,14 +1,13 @@
 """The report of a study: pictures, tables, fitted laws and what they do not show, as one offline page and CSV."""
 
 import math
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from megaboat.errors import BadInput
-from megaboat.tools.report_page import figure_html, png, section, write_html
+from megaboat.tools.report_page import figure_html, png, section, table_html, write_html
 from megaboat.tools.report_style import DARK, LIGHT
 from megaboat.tools.report_words import percent
 from megaboat.tools.study_data import RANKS, WINDOWS_A_MEETING, Findings, Group, is_sparse, read_findings, write_cells
@@ -145,7 +144,7 @@ def _table(findings: Findings) -> str:
     head += ["dead layers", "span", "settled after", "CV", "GFLOP a token", "PFLOP a run"]
     head += [f"slow-down at {ranks:,}" for ranks in RANKS]
     what = "Means over the seeds of each group, with 95 % intervals by Student's t; of training, the last fifth."
-    return _table_of("Results", what, head, list(map(_row, findings.groups)))
+    return table_html("Results", "Results", what, head, list(map(_row, findings.groups)))
 
 
 def _row(group: Group) -> str:
@@ -199,7 +198,9 @@ def _laws_table(laws: dict[str, list[Fitted]]) -> str:
         "Best first, by the error at the largest size when fitted to the others; x: parameters outside the embedding. "
         "Brackets hold 95 % of a bootstrap over the seeds of each size."
     )
-    return _table_of("Laws of size", what, ("law", "formula", "coefficients", "error at the size left out"), rows)
+    return table_html(
+        "Laws of size", "Laws of size", what, ("law", "formula", "coefficients", "error at the size left out"), rows
+    )
 
 
 def _layer_table(fits: list[LayerFit]) -> str:
@@ -213,17 +214,7 @@ def _layer_table(fits: list[LayerFit]) -> str:
         "Each layer by itself, on the logit scale: depth is from the first layer to the last, size a factor of e in "
         "parameters. The error is the root mean square over the layers of the largest size, fitted to the others."
     )
-    return _table_of("Layers", what, ("terms", "coefficients", "error at the size left out"), rows)
-
-
-def _table_of(caption: str, what: str, head: Sequence[str], rows: list[str]) -> str:
-    cells = "".join(f'<th scope="col">{name}</th>' for name in head)
-    return (
-        f'<p>{what}</p>\n<div class="scroll" role="region" aria-label="{caption}" tabindex="0">\n<table>\n'
-        f"<caption>{caption}</caption>\n<thead><tr>{cells}</tr></thead>\n<tbody>\n"
-        + "\n".join(rows)
-        + "\n</tbody></table></div>"
-    )
+    return table_html("Layers", "Layers", what, ("terms", "coefficients", "error at the size left out"), rows)
 
 
 def _tiles(findings: Findings, laws: dict[str, list[Fitted]]) -> list[tuple[str, str]]:
