@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from megaboat.kernels import flash
+from megaboat.kernels.band import Band, band_attention
+
+SLOWER = 3  # times that flash attention takes for a key of a wide value, on an H200, for a product's column by the band
 
 
 def windowed_attention(
@@ -22,8 +25,11 @@ def windowed_attention(
     cu_q, cu_k: int32 borders (S + 1,), aligned at each document's end; cu_k None: the keys are the queries' rows (no
     working memory in front). `longest`: an upper bound, known on the host, of a document's query rows
     (`ActiveRows.longest`); without it flash kernels start programs for documents as long as all rows together.
-    `backend`: one of `flash.backends()`, "banded", or the fastest that takes these tensors.
+    `backend`: one of `flash.backends()`, "banded", "band", or the fastest that takes these tensors.
     """
+    if backend == "band" or (backend == "auto" and cu_k is None and _by_band(q_RGZ, v_KE, cu_q, window)):
+        assert cu_k is None, "a band's keys are its queries' rows"
+        return band_attention(q_RGZ, k_KGZ, v_KE, cu_q, window, scale)
     if backend != "banded" and flash.supports(q_RGZ):
         R, K = len(q_RGZ), len(k_KGZ)
         max_q = R if longest is None else longest
@@ -37,6 +43,19 @@ def windowed_attention(
     place_R = row_R + shift_S[_document(cu_q, len(q_RGZ))]
     spread = q_RGZ.new_zeros(k_KGZ.shape).index_copy(0, place_R, q_RGZ)
     return banded_attention(spread, k_KGZ, v_KE, cu_k, window, scale)[place_R]
+
+
+def _by_band(q_RGZ: Tensor, v_RE: Tensor, cu_seqlens: Tensor, window: int) -> bool:
+    """Whether products by the band are faster than flash attention: many columns a head, documents of many rows.
+
+    From what the host knows: with `keys` rows seen on average, if all documents were of equal length.
+    """
+    R, documents = len(q_RGZ), max(1, len(cu_seqlens) - 1)
+    if not flash.supports(q_RGZ) or v_RE.shape[1] // q_RGZ.shape[1] < 4 * flash.HEAD_WIDTH:
+        return False
+    mean = R / documents
+    keys = mean / 2 if mean < window else window - window**2 / (2 * mean)
+    return Band(R, window).reach < SLOWER * (keys + 64)
 
 
 def banded_attention(

@@ -4,8 +4,8 @@ Preference: FlashAttention-4 (`flash-attn-4`, Hopper and newer), FlashAttention-
 FlashAttention-2 kernels that torch itself carries. All take variable-length batches, bf16 or fp16, on CUDA.
 
 The kernels want heads of equal query, key and value width. SeqBoat has one narrow score head and a wide value, so the
-value is cut in heads of 128 columns that share queries and keys through a stride of 0: the scores are computed
-E / 128 times, which costs less than 5 % of a layer and needs no kernel of our own.
+value is cut in heads of 128 columns that share queries and keys through a stride of 0, and the scores are computed
+E / 128 times. Where documents are long, `band` does with one time.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ema", "gather", "loss", "fused"])
+@pytest.mark.parametrize("name", ["ema", "gather", "loss", "fused", "band"])
 def test_triton_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
     path = HERE / f"test_{name}_triton.py"
