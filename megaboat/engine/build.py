@@ -84,6 +84,7 @@ def _open_owned(
         model = build_model(config.model, None if checkpoint else config.train.seed)
     balance = None
     if isinstance(model, SeqBoat):
+        model.capacity = config.train.capacity
         balance = Balance(config, model, dataset, ranks)
         balance.restore(consumed, checkpoint.state.get("balance") if checkpoint else None)
     loader = Loader(

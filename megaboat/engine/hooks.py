@@ -140,6 +140,8 @@ class TensorBoard(Hook):
                 self._writer.add_scalar(f"train/{name}", value, step)
         for layer, ratio in enumerate(metrics["activation_ratio"]):
             self._writer.add_scalar(f"activation/layer_{layer:02d}", ratio, step)
+        for layer, share in enumerate(metrics.get("overflow", [])):
+            self._writer.add_scalar(f"activation/overflow/layer_{layer:02d}", share, step)
         for name, value in metrics.get("balance", {}).items():
             self._writer.add_scalar(f"balance/{name}", value, step)
         for name, values in metrics.get("layers", {}).items():

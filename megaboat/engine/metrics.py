@@ -38,6 +38,8 @@ class GlobalSums:
     work: Work
     """Active rows and pairs by layer and module; empty for a dense model."""
     windows: Windows
+    overflow_L: np.ndarray
+    """Tokens that found no row, mean over modules; empty where rows are not limited (`train.capacity`)."""
     imbalance: float
     """Active rows of the busiest rank over the mean of ranks."""
     seconds_R: np.ndarray
@@ -74,9 +76,12 @@ class StepSums:
         self._tokens = 0
 
     def add(self, output: ModelOutput, batch: Batch) -> None:
-        """Count a micro-batch: nll, targets, and the work of each layer in each window."""
+        """Count a micro-batch: nll, targets, tokens without a row, and the work of each layer in each window."""
         assert output.nll is not None, "targets were given"
-        self._parts.append(torch.stack([output.nll.detach().double(), (batch.targets_BT != IGNORE).sum().double()]))
+        scored = torch.stack([output.nll.detach().double(), (batch.targets_BT != IGNORE).sum().double()])
+        turned_away = [routing.overflow_M for routing in output.routings if routing.overflow_M is not None]
+        overflow_L = torch.stack(turned_away).double().mean(1) if turned_away else scored[:0]
+        self._parts.append(torch.cat([scored, overflow_L]))
         if isinstance(self._model, SeqBoatConfig):
             active_LXM = torch.stack([routing.active_XM for routing in output.routings])
             work = count_work_by_part(active_LXM, batch.cu_seqlens, self._model.window, len(batch.windows))
@@ -89,7 +94,7 @@ class StepSums:
         all ranks. Floats of 64 bits hold them all exactly."""
         mine = torch.stack(self._parts).sum(0)
         number = float(signal.Signals[received]) if received else 0.0
-        head = torch.cat([mine, mine.new_tensor([self._tokens, number, seconds])])
+        head = torch.cat([mine[:2], mine.new_tensor([self._tokens, number, seconds]), mine[2:]])
         labels = torch.tensor(self._labels, dtype=torch.float64, device=mine.device)
         records = torch.cat([labels, *([torch.cat(self._records)] if self._records else [])], 1)
         vector = torch.cat([head, records.flatten(), torch.from_numpy(extra).to(head).flatten()])
@@ -111,6 +116,7 @@ class StepSums:
             tokens=int(heads_RC[copies, 2].sum()),
             work=Work(*(torch.from_numpy(part) for part in work.sum(0))),
             windows=Windows(numbers_N, crcs_N, work[:, 0], work[:, 1]),
+            overflow_L=heads_RC[copies, 5:].sum(0),
             imbalance=float(rows_R.max() / rows_R.mean()) if rows_R.sum() > 0 else 1.0,
             seconds_R=heads_RC[:, 4],
             seconds_D=heads_RC[:, 4].reshape(ranks.data_size, -1).max(1),
@@ -148,6 +154,7 @@ def step_metrics(
     """The object of `metrics.jsonl`: see the README's table of its keys."""
     peak = peak_flops(ranks.device) if config.train.precision == "bf16" else None
     useful = 3 * _forward_flops(config, sums)
+    overflow = {"overflow": (sums.overflow_L / sums.tokens).tolist()} if config.train.capacity else {}
     return {
         "step": step,
         "loss": sums.loss,
@@ -160,6 +167,7 @@ def step_metrics(
         "flops_per_token": useful / sums.tokens,
         "mfu": useful / seconds / ranks.size / peak if peak else None,
         "activation_ratio": (sums.work.rows_LM.mean(1) / sums.tokens).tolist(),
+        **overflow,
         "imbalance": sums.imbalance,
         "slowness": slowness,
         "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else None,

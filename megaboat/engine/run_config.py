@@ -11,7 +11,7 @@ from megaboat.engine.optim import OptimConfig
 from megaboat.errors import BadInput
 from megaboat.model.config import ModelConfig, SeqBoatConfig
 from megaboat.parallel.balance.config import BalanceConfig
-from megaboat.parallel.obstacles import exchange_obstacle, sequence_obstacle, tensor_obstacle
+from megaboat.parallel.obstacles import capacity_obstacle, exchange_obstacle, sequence_obstacle, tensor_obstacle
 
 
 class TrainConfig(Section):
@@ -33,6 +33,10 @@ class TrainConfig(Section):
     """The same bits again from the same command on the same machine and ranks; slower, since only such kernels run."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass, with the decisions of the forward pass."""
+    capacity: float | None = pydantic.Field(None, gt=0, le=1)
+    """Rows of each layer, as a share of a micro-batch's tokens: memory is taken for all of them, and the host waits for
+    no layer. The latest active tokens beyond it are left out and counted (`overflow`), in training only. None: as many
+    rows as are active."""
     eval_every: int = pydantic.Field(200, ge=0)
     """Steps between evaluations; 0: only at the end."""
     eval_tokens: int = pydantic.Field(65536, gt=0)
@@ -107,6 +111,7 @@ class RunConfig(Section):
         together, exchange = tensor * sequence, self.balance.exchange
         obstacle = tensor_obstacle(self.model, tensor) or sequence_obstacle(self.model, lengths, sequence)
         obstacle = obstacle or exchange_obstacle(self.model, exchange, together)
+        obstacle = obstacle or capacity_obstacle(self.model, self.train.capacity, sequence, exchange)
         if obstacle is not None:
             raise BadInput(obstacle)
         if ranks % exchange:

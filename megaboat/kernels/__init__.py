@@ -11,7 +11,7 @@ from megaboat.kernels.loss_sharded import sharded_cross_entropy, sharded_token_n
 from megaboat.kernels.margin import margins
 from megaboat.kernels.norm import branch_norm, layer_norm
 from megaboat.kernels.rotary import rotary_heads
-from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, plan_rows
+from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, plan_rows, room
 
 __all__ = [
     "ActiveRows",
@@ -28,6 +28,7 @@ __all__ = [
     "linear_cross_entropy",
     "margins",
     "plan_rows",
+    "room",
     "rotary_heads",
     "sharded_cross_entropy",
     "sharded_token_nll",

@@ -5,11 +5,12 @@ Both directions are gathers and each is the other's backward, so the gradient ne
 Exact mode: R is the number of active tokens; it must reach the host, because it is the size of everything that follows.
 `begin_plan` asks for it early and `finish` waits, with other work in between. Capacity mode: R is a fixed capacity and
 nothing is copied to the host; rows beyond the active ones are zero, and active tokens beyond the capacity, the latest
-first, count as inactive.
+first, count as inactive. Nothing there is refused while a CUDA graph is captured.
 
 Letters: X tokens of the whole micro-batch (B * T), R active rows, S documents.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -73,36 +74,42 @@ class PendingRows:
 
 def begin_plan(active_X: Tensor, cu_seqlens: Tensor) -> PendingRows:
     """Start packing and the copy of the sizes; do other work on the device, then call `finish`."""
+    row_X, cu_rows, sizes = _place(active_X, cu_seqlens)
+    if not active_X.is_cuda:
+        return PendingRows(active_X, row_X, cu_rows, sizes, None)
+    sizes = torch.empty(2, dtype=sizes.dtype, device="cpu", pin_memory=True).copy_(sizes, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return PendingRows(active_X, row_X, cu_rows, sizes, arrived)
+
+
+def room(share: float, tokens: int) -> int:
+    """The capacity for this share of the tokens, in rows: a multiple of 8, as products in bf16 want it."""
+    return math.ceil(share * tokens / 8) * 8
+
+
+def _place(active_X: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The row of each token, -1 where inactive, the rows before each border (int32), and two sizes (int64): all rows,
+    and those of the longest document."""
     if active_X.is_cuda:
         from megaboat.kernels.rows_triton import place_triton
 
-        row_X, cu_rows, sizes = place_triton(active_X, cu_seqlens)
-        sizes = torch.empty(2, dtype=sizes.dtype, device="cpu", pin_memory=True).copy_(sizes, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return PendingRows(active_X, row_X, cu_rows, sizes, arrived)
-    row_X, borders = _place(active_X, cu_seqlens)
-    return PendingRows(active_X, row_X, borders.int(), torch.stack([borders[-1], borders.diff().amax()]), None)
-
-
-def _place(active_X: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """The row of each token, -1 where inactive, and the rows before each border."""
+        return place_triton(active_X, cu_seqlens)
     count_X = active_X.cumsum(0)
-    before = torch.nn.functional.pad(count_X, (1, 0))
-    return torch.where(active_X, count_X - 1, -1), before[cu_seqlens.long()]
+    borders = torch.nn.functional.pad(count_X, (1, 0))[cu_seqlens.long()]
+    row_X = (count_X - 1).masked_fill_(~active_X, -1)
+    return row_X, borders.int(), torch.stack([borders[-1], borders.diff().amax()])
 
 
 def _plan_capacity(active_X: Tensor, cu_seqlens: Tensor, capacity: int) -> ActiveRows:
-    row_X, borders = _place(active_X, cu_seqlens)
-    fits_X = row_X < capacity
-    row_X = torch.where(fits_X, row_X, -1)
+    row_X, cu_rows, sizes = _place(active_X, cu_seqlens)
+    row_X = row_X.masked_fill_(row_X >= capacity, -1)
     # Inactive tokens write to one slot past the end, which is cut off.
-    slot_X = torch.where(row_X < 0, capacity, row_X)
+    slot_X = row_X.masked_fill(row_X < 0, capacity)
     tokens = torch.arange(len(active_X), device=active_X.device)
     token_R = tokens.new_zeros(capacity + 1).scatter_(0, slot_X, tokens)[:capacity]
-    overflow = (borders[-1] - capacity).clamp_min(0)
-    cu = torch.nn.functional.pad(borders.clamp_max(capacity), (0, 1), value=capacity).int()
-    return ActiveRows(token_R, row_X, cu, capacity, cu[-2:-1], overflow)
+    cu = torch.nn.functional.pad(cu_rows.clamp_max_(capacity), (0, 1), value=capacity)
+    return ActiveRows(token_R, row_X, cu, capacity, cu[-2:-1], (sizes[0] - capacity).clamp_min(0))
 
 
 def compress(x_XD: Tensor, rows: ActiveRows) -> Tensor:

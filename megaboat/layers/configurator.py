@@ -22,6 +22,8 @@ class Routing(NamedTuple):
     """fp32: logit of activating minus logit of skipping, before the temperature."""
     temperature_M: Tensor
     """fp32: of each module. No gradient."""
+    overflow_M: Tensor | None = None
+    """Capacity mode: int64, tokens that are inactive here because no row was left for them."""
 
 
 class PreciseLinear(nn.Linear):

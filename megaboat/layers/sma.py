@@ -40,13 +40,21 @@ class SparseModularActivation(nn.Module):
         """Start packing each module's rows: their numbers travel to the host while other work is launched."""
         return [kernels.begin_plan(active_X, docs.cu_seqlens) for active_X in routing.active_XM.unbind(1)]
 
+    def plan_within(self, capacity: int, routing: Routing, docs: Documents) -> tuple[Routing, list[ActiveRows]]:
+        """So many rows for each module, without a word to the host; tokens that get none count as inactive."""
+        rows = [kernels.plan_rows(active_X, docs.cu_seqlens, capacity) for active_X in routing.active_XM.unbind(1)]
+        active_XM = torch.stack([each.row_X for each in rows], 1) >= 0
+        overflow_M = torch.stack([each.overflow for each in rows])
+        confidence_XM = routing.confidence_XM * active_XM
+        return routing._replace(active_XM=active_XM, confidence_XM=confidence_XM, overflow_M=overflow_M), rows
+
     def forward(
         self,
         h_BTD: Tensor,
         routing: Routing,
         docs: Documents,
         memories: Sequence[Any] | None = None,
-        plans: Sequence[PendingRows] | None = None,
+        plans: Sequence[PendingRows | ActiveRows] | None = None,
         base_BTD: Tensor | None = None,
         residual_BTD: Tensor | None = None,
     ) -> Tensor:
@@ -58,7 +66,7 @@ class SparseModularActivation(nn.Module):
         y_XD = torch.zeros_like(h_XD) if base_BTD is None else base_BTD.flatten(0, 1)
         last = len(self.units) - 1
         for i, (unit, plan) in enumerate(zip(self.units, plans or self.plan(routing, docs), strict=True)):
-            rows = plan.finish()
+            rows = plan.finish() if isinstance(plan, PendingRows) else plan
             memory = memories[i] if memories is not None else None
             out_RD = self.run(unit, kernels.compress(h_XD, rows), rows, docs, memory)
             residual_XD = residual_BTD.flatten(0, 1) if residual_BTD is not None and i == last else None

@@ -1,11 +1,13 @@
 """One SeqBoat layer, in the order of the paper's equations (SeqBoat, section 3.2; `decoder` form)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megaboat import kernels
+from megaboat.kernels import ActiveRows, PendingRows
 from megaboat.layers.configurator import Routing
 from megaboat.layers.documents import Documents
 from megaboat.layers.ema import SSMS
@@ -52,15 +54,23 @@ class SeqBoatBlock(nn.Module):
         docs: Documents,
         state: LayerState | None = None,
         active_XM: Tensor | None = None,
+        capacity: int | None = None,
     ) -> tuple[Tensor, Routing]:
-        """The layer's output and its decisions. A `state` is read and brought up to date in place."""
+        """The layer's output and its decisions. A `state` is read and brought up to date in place.
+
+        capacity: the rows of each module, whatever is active, for shapes that the host knows (`kernels.rows`).
+        """
         normal_BTD, x_BTD = self.norm(x_BTD)
         h_BTD, ema_BDN = self.ema(normal_BTD, docs.first_BT, state.ema_BDN if state else None)
         h_BTD = self.dropout(h_BTD)
         for_route_BTD, for_linear_BTD, h_BTD = kernels.fan_out(h_BTD, 3)
         routing = self.sma.route(for_route_BTD, active_XM)
         # The linear map runs between the plan and its use, so that the host does not wait for the plan's sizes.
-        plans = self.sma.plan(routing, docs)
+        plans: Sequence[PendingRows | ActiveRows]
+        if capacity is None:
+            plans = self.sma.plan(routing, docs)
+        else:
+            routing, plans = self.sma.plan_within(capacity, routing, docs)
         base_BTD = self.linear(for_linear_BTD)
         memories = state.memories if state else None
         if self.training and self.dropout.p > 0:

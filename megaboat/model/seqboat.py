@@ -82,6 +82,9 @@ class SeqBoat(nn.Module):
         self.norm = LayerNorm(config.width, affine=False)
         self.head = Head(self.embedding.weight)
         self.checkpoint_activations = False
+        self.capacity: float | None = None
+        """In training, rows of each module as a share of a micro-batch's tokens, active or not; None: as many as are
+        active, for which the host waits once a layer. Evaluation and decoding never turn an active token away."""
 
     def forward(
         self,
@@ -94,11 +97,13 @@ class SeqBoat(nn.Module):
         """Read B x T tokens, or embeddings (B, T, D); with `state`, go on from it and bring it up to date in place."""
         x_BTD = self._embed(tokens_BT)
         routings = []
+        share = self.capacity if self.training and state is None else None
+        capacity = None if share is None else kernels.room(share, docs.shape.numel())
         for i, block in enumerate(self.blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x_BTD, routing = _checkpointed(block, x_BTD, docs)
+                x_BTD, routing = _checkpointed(block, x_BTD, docs, capacity)
             else:
-                x_BTD, routing = block(x_BTD, docs, state.layers[i] if state else None)
+                x_BTD, routing = block(x_BTD, docs, state.layers[i] if state else None, None, capacity)
             routings.append(routing)
         if state is not None:
             state.position_B = docs.positions_BT[:, -1] + 1
@@ -144,12 +149,12 @@ class SeqBoat(nn.Module):
         return to_compute_dtype(self.dropout(embedded * self.config.width**0.5))
 
 
-def _checkpointed(block: nn.Module, x_BTD: Tensor, docs: Documents) -> tuple[Tensor, Routing]:
+def _checkpointed(block: nn.Module, x_BTD: Tensor, docs: Documents, capacity: int | None) -> tuple[Tensor, Routing]:
     """The block, recomputed in the backward pass with the decisions of the forward pass: a flip would change shapes."""
     taken: list[Tensor] = []
 
     def run(x: Tensor) -> tuple[Tensor, Routing]:
-        y, routing = block(x, docs, None, taken[0] if taken else None)
+        y, routing = block(x, docs, None, taken[0] if taken else None, capacity)
         if not taken:
             taken.append(routing.active_XM)
         return y, routing

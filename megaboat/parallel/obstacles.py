@@ -30,6 +30,18 @@ def exchange_obstacle(config: ModelConfig, exchange: int, together: int) -> str 
     return None
 
 
+def capacity_obstacle(config: ModelConfig, capacity: float | None, sequence: int, exchange: int) -> str | None:
+    """Why layers cannot have a fixed number of rows; None where they can."""
+    if capacity is None:
+        return None
+    if not isinstance(config, SeqBoatConfig):
+        return f"train.capacity {capacity:g} is for model.family seqboat, not {config.family}; set train.capacity=null"
+    for name, ranks in (("parallel.sequence", sequence), ("balance.exchange", exchange)):
+        if ranks > 1:
+            return f"train.capacity {capacity:g} does not go with {name} {ranks}; set train.capacity=null or {name}=1"
+    return None
+
+
 def sequence_obstacle(config: ModelConfig, lengths: set[int], sequence: int) -> str | None:
     """Why rows of these lengths cannot be cut over `sequence` ranks, with the numbers; None where they can."""
     if sequence > 1 and not isinstance(config, SeqBoatConfig):

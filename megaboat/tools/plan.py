@@ -82,7 +82,7 @@ def flops_table(config: RunConfig, parameters: Parameters, activation: float) ->
     length = config.data.seq_len
     to_the_end = config.parallel.zero == 3 or config.train.precision == "bf16"
     lines = [f"{'GFLOP a token, forward and backward':<40}{6 * parameters.total / 1e9:10.3f}  as 6 a parameter"]
-    shares = sorted({activation, 1.0}) if isinstance(config.model, SeqBoatConfig) else [1.0]
+    shares = sorted({activation, config.train.capacity or 1.0}) if isinstance(config.model, SeqBoatConfig) else [1.0]
     for share in shares:
         useful = training_flops(config.model, 1, length, share) / 1e9
         executed = training_flops(config.model, 1, length, share, True, to_the_end) / 1e9
@@ -96,14 +96,15 @@ def memory_table(config: RunConfig, gpus: int, activation: float) -> str:
     micro_batch, groups = config.train.micro_batch, (config.parallel.tensor, config.parallel.sequence)
     parameters = rank_parameters(config, groups[0])
     cuts = f"tensor {groups[0]}, sequence {groups[1]}, micro-batch {micro_batch} x {config.data.seq_len:,}"
-    title = f"GB a rank on {gpus} GPUs, {cuts}, all active"
+    worst = config.train.capacity or 1.0
+    title = f"GB a rank on {gpus} GPUs, {cuts}, {'all active' if worst == 1 else f'rows for {worst:g} of the tokens'}"
     head = f"{'zero':<6}{'checkpoints':<13}" + "".join(f"{name:>13}" for name in (*names, "total"))
     lines = [title, head + f"{f'total at {activation:g}':>15}"]
     for zero in (0, 1, 2, 3):
         for checkpointing in (False, True):
             layout = Layout(gpus, zero, micro_batch, checkpointing, *groups)
-            worst, usual = (layout_memory(config, parameters, layout, share) for share in (1.0, activation))
-            values = [*vars(worst).values(), worst.total]
+            most, usual = (layout_memory(config, parameters, layout, share) for share in (worst, activation))
+            values = [*vars(most).values(), most.total]
             cells = "".join(f"{value / GB:13.2f}" for value in values) + f"{usual.total / GB:15.2f}"
             mine = zero == config.parallel.zero and checkpointing == config.train.checkpoint_activations
             lines.append(

@@ -9,7 +9,7 @@ from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import training_flops
 from megaboat.model.memory import Memory, Parameters, count_parameters, layer_bytes, llama_layer_bytes, training_memory
 from megaboat.parallel import tensor as cut
-from megaboat.parallel.obstacles import sequence_obstacle, tensor_obstacle
+from megaboat.parallel.obstacles import capacity_obstacle, sequence_obstacle, tensor_obstacle
 
 NODE = 8  # GPUs
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
@@ -61,12 +61,12 @@ class Layout:
 
 
 def layout_memory(config: RunConfig, parameters: Parameters, layout: Layout, activation: float) -> Memory:
-    """Bytes of one rank."""
+    """Bytes of one rank; under `train.capacity` whatever is active."""
     return training_memory(
         config.model,
         parameters,
         tokens=layout.micro_batch * config.data.seq_len // layout.sequence,
-        activation=activation,
+        activation=config.train.capacity or activation,
         zero=layout.zero,
         data=layout.copies,
         checkpointing=layout.checkpointing,
@@ -116,7 +116,12 @@ def step_seconds(
     to_the_end = layout.zero == 3 or config.train.precision == "bf16"
     flops = training_flops(config.model, tokens, config.data.seq_len, activation, layout.checkpointing, to_the_end)
     flops *= parameters.total / parameters.whole / layout.copies  # what tensor ranks hold alike, they compute alike
-    kept = _kept(config, layout, activation) * tokens / layout.copies * (4 / 3 if layout.checkpointing else 1)
+    kept = (
+        _kept(config, layout, config.train.capacity or activation)
+        * tokens
+        / layout.copies
+        * (4 / 3 if layout.checkpointing else 1)
+    )
     shared = layout.copies if layout.zero else 1
     update = UPDATE_BYTES * parameters.total / shared / gpu.bandwidth
     computing = IMBALANCE * (flops / gpu.products + PASSES * kept / gpu.bandwidth) + update
@@ -145,7 +150,7 @@ def rank_parameters(config: RunConfig, tensor: int) -> Parameters:
 
 
 def recommend(config: RunConfig, gpus: int, gpu: Gpu, activation: float) -> Layout | None:
-    """The simplest layout within 5 % of the fastest that fits even if every token is active; None if there is none."""
+    """The simplest layout within 5 % of the fastest that fits at the worst, if every token is active; None: none."""
     parameters = {
         tensor: rank_parameters(config, tensor) for tensor in {layout.tensor for layout in layouts(config, gpus)}
     }
@@ -161,7 +166,8 @@ def recommend(config: RunConfig, gpus: int, gpu: Gpu, activation: float) -> Layo
 
 def _obstacle(config: RunConfig, tensor: int, sequence: int) -> str | None:
     length = config.data.row_len or config.data.seq_len
-    return tensor_obstacle(config.model, tensor) or sequence_obstacle(config.model, {length}, sequence)
+    found = tensor_obstacle(config.model, tensor) or sequence_obstacle(config.model, {length}, sequence)
+    return found or capacity_obstacle(config.model, config.train.capacity, sequence, config.balance.exchange)
 
 
 def _kept(config: RunConfig, layout: Layout, activation: float) -> float:

@@ -46,6 +46,24 @@ def test_outputs_and_dropout_are_those_of_one_rank() -> None:
         torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)
 
 
+def within(ranks: Ranks, capacity: float) -> tuple[Tensor, Tensor]:
+    """The loss in training with a fixed number of rows, and the tokens that found none."""
+    model = shared_model(ranks) if ranks.size > 1 else small_model(heads=2, ffn_dim=64)
+    model.capacity = capacity
+    tokens = text_rows(2, 49)
+    out = model.train()(tokens[:, :-1], DOCS, tokens[:, 1:])
+    out.nll.backward()
+    return out.nll.detach(), torch.stack([routing.overflow_M for routing in out.routings])
+
+
+def test_the_ranks_of_a_copy_turn_away_the_same_tokens() -> None:
+    ((loss, overflow),) = run_on_ranks(within, 1, 0.3)
+    assert (overflow > 0).all()
+    for found_loss, found in run_on_ranks(within, 2, 0.3):
+        assert torch.equal(found, overflow)
+        torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-5)
+
+
 def disagree(ranks: Ranks) -> Tensor:
     """What both ranks decide when rank 1 computes other margins."""
     model = shared_model(ranks)

@@ -82,6 +82,20 @@ def test_memory_and_traffic_move_as_the_stages_promise(config: RunConfig) -> Non
     assert often == 4 * seldom
 
 
+def test_fixed_rows_are_the_worst_case(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    parameters, layout = rank_parameters(config, 1), Layout(8, 1, 4, False)
+    limited = load_config(RunConfig, CONFIGS / "1b.yaml", ["train.capacity=0.5"])
+    half = layout_memory(config, parameters, layout, 0.5)
+    assert [layout_memory(limited, parameters, layout, share) for share in (0.1, 1.0)] == [half, half]
+    assert any(other.sequence > 1 for other in layouts(config, 64))
+    assert not any(other.sequence > 1 for other in layouts(limited, 64))
+    assert main(["plan", str(CONFIGS / "1b.yaml"), "train.capacity=0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "rows for 0.5 of the tokens" in said
+    assert "at activation 0.5; " in said
+    assert "at activation 1; " not in said
+
+
 def test_more_gpus_than_rows_share_rows_or_models(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     layout = recommend(config, 512, GPUS["H200"], 0.4)
     assert layout is not None
