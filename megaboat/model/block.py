@@ -58,7 +58,7 @@ class SeqBoatBlock(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """The layer's output and its decisions. A `state` is read and brought up to date in place.
 
-        capacity: the rows of each module, whatever is active, for shapes that the host knows (`kernels.rows`).
+        capacity: the rows of each module, whatever is active, so that all shapes are known before.
         """
         normal_BTD, x_BTD = self.norm(x_BTD)
         h_BTD, ema_BDN = self.ema(normal_BTD, docs.first_BT, state.ema_BDN if state else None)
