@@ -2,17 +2,19 @@
 
   torchrun --nproc-per-node 4 -m megaboat bench balance configs/pile_mini_cpu.yaml data.path=corpora/pile_mini
   torchrun --nproc-per-node 4 -m megaboat bench balance runs/mine --steps 30 --trace trace.jsonl
-  torchrun --nproc-per-node 2 -m megaboat bench balance configs/125m.yaml --synthetic --ragged
+  torchrun --nproc-per-node 2 -m megaboat bench balance configs/125m.yaml --synthetic --ragged --exchange 2
 
-Three runs with the same batches: sorted by source, in their order, by predicted cost. A run folder in place of a config
-goes on from its newest checkpoint, which stays as it is. `--ragged` forces the activation of each window instead of
-leaving it to the model: between 0.05 and 0.95, by what the window says. `--synthetic` writes text for it into a
-temporary folder: sources whose documents use few or many letters.
+Three runs with the same batches: sorted by source, in their order, by predicted cost; with `--exchange` as many again
+under ZeRO-3, where ranks wait for each other in every layer, and two that exchange rows there. A line is printed when
+its run is over. A run folder in place of a config goes on from its newest checkpoint, which stays as it is. `--ragged`
+forces the activation of each window instead of leaving it to the model: between 0.05 and 0.95, by what the window says.
+`--synthetic` writes text for it into a temporary folder: sources whose documents use few or many letters.
 """
 
 import argparse
 import json
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,11 @@ from megaboat.errors import BadInput
 from megaboat.layers.configurator import Configurator, Routing
 from megaboat.log import setup_logging
 
-WAYS = {"domain": "sorted by source", "none": "in their order", "cost": "by predicted cost"}
+WAYS = {
+    "domain": ("sorted by source", ["balance.assignment=domain"]),
+    "none": ("in their order", ["balance.assignment=none"]),
+    "cost": ("by predicted cost", ["balance.assignment=cost"]),
+}
 COLUMNS = {
     "imbalance_rows": "rows",
     "imbalance_cost": "cost",
@@ -59,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ragged", action="store_true", help="force each window's activation, from 0.05 to 0.95")
     parser.add_argument("--synthetic", action="store_true", help="on text made for it, in place of data.path")
+    parser.add_argument(
+        "--exchange", type=int, metavar="N", help="also under ZeRO-3, then with rows exchanged between N neighbours too"
+    )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the last way's trace, for balance simulate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
 
@@ -66,24 +75,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     ranks = this_process()
     setup_logging(ranks.rank, ranks.size)
+    started = time.monotonic()
+    ways = chosen(arguments.exchange)
+    for _, changes in ways.values():
+        _config(arguments, changes).check_world(ranks.size)
     connect(ranks)
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as own:
         scratch = Path(ranks.gather_objects(own)[0])
         if arguments.synthetic:
             ranks.on_first(lambda: write_synthetic(scratch, _config(arguments, []).data.seq_len))
-        for way in WAYS:
-            config = _config(arguments, _changes(arguments, scratch, way))
+        for way, (words, changes) in ways.items():
+            config = _config(arguments, [*_changes(arguments, scratch, way), *changes])
             ranks.on_first(partial(_start, arguments.config, config.train.out))
             recorder = _Recorder(ranks.device.type == "cuda")
             results[way] = measure(config, ranks, recorder, arguments.steps, arguments.ragged)
+            if ranks.is_first:
+                print(*[HEADER][len(results) > 1 :], line(words, results[way]), sep="\n", flush=True)
+                _keep(arguments, results, recorder.trace)
     if ranks.is_first:
-        print(table(results))
-        if arguments.trace:
-            arguments.trace.write_text("".join(json.dumps(line) + "\n" for line in recorder.trace))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"took {time.monotonic() - started:.0f} s")
     dist.destroy_process_group()
+
+
+def chosen(exchange: int | None) -> dict[str, tuple[str, list[str]]]:
+    """What is run, by name: words for the table, changes of the configuration."""
+    if exchange is None:
+        return WAYS
+    zero3, exchanged = ["parallel.zero=3"], ["parallel.zero=3", f"balance.exchange={exchange}"]
+    more = [(way, "zero3", "ZeRO-3", zero3) for way in WAYS]
+    more += [(way, "exchange", "ZeRO-3, exchanged", exchanged) for way in ("domain", "cost")]
+    return WAYS | {
+        f"{way}, {name}": (f"{WAYS[way][0]}, {words}", [*WAYS[way][1], *changes]) for way, name, words, changes in more
+    }
+
+
+def _keep(arguments: argparse.Namespace, results: dict[str, dict[str, float]], trace: list[dict[str, Any]]) -> None:
+    if arguments.trace:
+        arguments.trace.write_text("".join(json.dumps(record) + "\n" for record in trace))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _config(arguments: argparse.Namespace, changes: list[str]) -> RunConfig:
@@ -94,7 +125,7 @@ def _config(arguments: argparse.Namespace, changes: list[str]) -> RunConfig:
 def _changes(arguments: argparse.Namespace, scratch: Path, way: str) -> list[str]:
     checkpoint = find_checkpoint(arguments.config / "checkpoints")
     done = checkpoint.state["step"] if checkpoint else 0
-    changes = [f"train.out={scratch / way}", f"train.steps={done + arguments.steps}", f"balance.assignment={way}"]
+    changes = [f"train.out={scratch / way.replace(', ', '-')}", f"train.steps={done + arguments.steps}"]
     if arguments.trace:
         changes.append("balance.trace_every=1")
     if arguments.synthetic:
@@ -140,6 +171,7 @@ def measure(
         for _ in range(steps):
             trainer.train_step(stop)
     trainer.loader.close()
+    trainer.engine.close()  # a GPU need not hold the models of all ways
     if trainer.fence is not None:
         trainer.fence.release()
     kept = recorder.steps[len(recorder.steps) // 3 :]
@@ -177,14 +209,13 @@ def _variety(tokens_BT: Tensor) -> Tensor:
     return (1 + (tokens_BT.sort(1).values.diff(dim=1) > 0).sum(1)) / tokens_BT.shape[1]
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """One line a way."""
-    lines = [["windows dealt", *COLUMNS.values()]]
-    for way, found in results.items():
-        values = {**found, "step_time": 1000 * found["step_time"], "overhead": 100 * found["overhead"]}
-        lines.append([WAYS[way], *(f"{values[name]:.3f}" for name in COLUMNS)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+HEADER = f"{'windows dealt':>37}" + "".join(f"{name:>{max(9, 2 + len(name))}}" for name in COLUMNS.values())
+
+
+def line(words: str, found: dict[str, float]) -> str:
+    """One way's figures under HEADER."""
+    values = {**found, "step_time": 1000 * found["step_time"], "overhead": 100 * found["overhead"]}
+    return f"{words:>37}" + "".join(f"{values[key]:>{max(9, 2 + len(name))}.3f}" for key, name in COLUMNS.items())
 
 
 class _Recorder(Hook):

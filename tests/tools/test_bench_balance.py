@@ -38,7 +38,11 @@ def test_from_a_checkpoint_on(dataset_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_on_ranks(train_on_rank, 1, tiny_config(dataset_folder, run, train__steps=5))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    bench(tmp_path, str(run), "--steps", "6", "--trace", str(tmp_path / "trace.jsonl"))
+    trace = ("--trace", str(tmp_path / "trace.jsonl"))
+    found = bench(tmp_path, str(run), "--steps", "6", "--exchange", "2", *trace)
     steps = [json.loads(line)["step"] for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
     assert steps == [6, 7, 8, 9, 10, 11]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert len(found) == 8
+    for name in ("domain, zero3", "domain, exchange"):  # neither changes what is activated
+        assert found[name]["imbalance_rows"] == pytest.approx(found["domain"]["imbalance_rows"], abs=1e-3)
