@@ -289,6 +289,8 @@ def _settings(config: RunConfig, micro_steps: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip if config.parallel.zero else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": config.parallel.zero},
+        # Its stopwatch would hold the host until the device is idle, before each micro-batch and after it.
+        "timers": {"throughput": {"enabled": False}},
         "torch_autocast": {
             "enabled": config.train.precision == "bf16",
             "dtype": "bfloat16",
