@@ -1,8 +1,9 @@
 """Functions on tensors. `reference` is the truth; the names here choose the fastest form that the device has."""
 
 from megaboat.kernels.attention import windowed_attention
+from megaboat.kernels.coefficients import damped_coefficients
 from megaboat.kernels.ema import ema
-from megaboat.kernels.fan import fan_out
+from megaboat.kernels.fan import SideGradients, fan_out, side_gradients
 from megaboat.kernels.gate import silu_gate
 from megaboat.kernels.join import join_rows
 from megaboat.kernels.linear import linear
@@ -16,9 +17,11 @@ from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress,
 __all__ = [
     "ActiveRows",
     "PendingRows",
+    "SideGradients",
     "begin_plan",
     "branch_norm",
     "compress",
+    "damped_coefficients",
     "ema",
     "extract",
     "fan_out",
@@ -32,6 +35,7 @@ __all__ = [
     "rotary_heads",
     "sharded_cross_entropy",
     "sharded_token_nll",
+    "side_gradients",
     "silu_gate",
     "token_nll",
     "windowed_attention",

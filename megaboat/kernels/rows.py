@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaboat.kernels.fan import SideGradients
+
 
 @dataclass(frozen=True)
 class ActiveRows:
@@ -112,14 +114,14 @@ def _plan_capacity(active_X: Tensor, cu_seqlens: Tensor, capacity: int) -> Activ
     return ActiveRows(token_R, row_X, cu, capacity, cu[-2:-1], (sizes[0] - capacity).clamp_min(0))
 
 
-def compress(x_XD: Tensor, rows: ActiveRows) -> Tensor:
-    """The active tokens' rows: (X, D) -> (R, D)."""
-    return _Gather.apply(x_XD, *_both_ways(rows))
+def compress(x_XD: Tensor, rows: ActiveRows, side: SideGradients | None = None) -> Tensor:
+    """The active tokens' rows: (X, D) -> (R, D). `side`: where the gradient of x is left, as rows."""
+    return _Gather.apply(x_XD, *_both_ways(rows), side)
 
 
 def extract(y_RD: Tensor, rows: ActiveRows) -> Tensor:
     """Rows back to their tokens, zeros where inactive: (R, D) -> (X, D)."""
-    return _Gather.apply(y_RD, *reversed(_both_ways(rows)))
+    return _Gather.apply(y_RD, *reversed(_both_ways(rows)), None)
 
 
 def _both_ways(rows: ActiveRows) -> tuple[Tensor, Tensor]:
@@ -133,14 +135,18 @@ class _Gather(torch.autograd.Function):
     """out[i] = x[index[i]], zeros where the index is -1. `back` is the inverse map, so that backward is one as well."""
 
     @staticmethod
-    def forward(ctx, x, index, back):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, index, back, side):  # type: ignore[no-untyped-def]
+        ctx.side = side
         ctx.save_for_backward(index, back)
         return _gather_rows(x, index)
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         index, back = ctx.saved_tensors
-        return _gather_rows(dout, back), None, None
+        if ctx.side is not None:
+            ctx.side.rows.append((dout, back))
+            return None, None, None, None
+        return _gather_rows(dout, back), None, None, None
 
 
 def _gather_rows(x_XD: Tensor, index_R: Tensor) -> Tensor:

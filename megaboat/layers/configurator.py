@@ -29,10 +29,14 @@ class Routing(NamedTuple):
 class PreciseLinear(nn.Linear):
     """Two logits a module, in fp32 in memory and in communication: mixed precision goes by class name."""
 
-    def forward(self, h_XD: Tensor, center_D: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, h_XD: Tensor, center_D: Tensor, side: kernels.SideGradients | None = None
+    ) -> Tensor:
         """(X, M): each module's second logit minus its first, for the input less `center_D`."""
-        weight_M2D, bias_M2 = self.weight.unflatten(0, (-1, 2)), self.bias.unflatten(0, (-1, 2))
-        return kernels.margins(h_XD, center_D, weight_M2D[:, 1] - weight_M2D[:, 0], bias_M2[:, 1] - bias_M2[:, 0])
+        # Not by index, whose gradients are six launches where these are two.
+        skip_MD, activate_MD = self.weight.unflatten(0, (-1, 2)).unbind(1)
+        skip_M, activate_M = self.bias.unflatten(0, (-1, 2)).unbind(1)
+        return kernels.margins(h_XD, center_D, activate_MD - skip_MD, activate_M - skip_M, side)
 
 
 class Configurator(nn.Module):
@@ -67,10 +71,15 @@ class Configurator(nn.Module):
         self.agree: Callable[[Tensor], Tensor] | None = None
         """Makes one decision of the decisions that several holders of the layer took on the same tokens."""
 
-    def forward(self, h_XD: Tensor, active_XM: Tensor | None = None) -> Routing:
-        """Decide for each token, or keep the decisions `active_XM` (a recomputation must not flip them)."""
+    def forward(
+        self, h_XD: Tensor, active_XM: Tensor | None = None, side: kernels.SideGradients | None = None
+    ) -> Routing:
+        """Decide for each token, or keep the decisions `active_XM` (a recomputation must not flip them).
+
+        `side`: where the gradient of h may be left.
+        """
         with torch.autocast(h_XD.device.type, enabled=False):
-            margin_XM = self.logits(h_XD, self.center_D)
+            margin_XM = self.logits(h_XD, self.center_D, side)
             temperature_M = self.log_temperature.exp()
             if self.arm == "gumbel" and self.training:
                 margin_XM = margin_XM + logistic_noise(margin_XM)

@@ -32,9 +32,7 @@ class DampedEMA(nn.Module):
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """decay (D, N) in (0, 1) and weight (D, N), as `kernels.ema` takes them."""
-        p = self.smoothing.sigmoid()
-        decay_DN = 1 - p * self.damping.sigmoid()
-        return decay_DN, p * self.expansion * self.projection * self.smoothing.shape[1] ** -0.5
+        return kernels.damped_coefficients(self.smoothing, self.damping, self.expansion, self.projection)
 
     def forward(self, x_BTD: Tensor, first_BT: Tensor, state_BDN: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns y_BTD and the state after each row's last token."""

@@ -32,9 +32,11 @@ class SparseModularActivation(nn.Module):
         self.run: Callable[..., Tensor] = operator.call
         """How a unit is called with its arguments: here, or by ranks that share their rows."""
 
-    def route(self, h_BTD: Tensor, active_XM: Tensor | None = None) -> Routing:
-        """The decisions for each token, or those of `active_XM` again."""
-        return self.configurator(h_BTD.flatten(0, 1), active_XM)
+    def route(
+        self, h_BTD: Tensor, active_XM: Tensor | None = None, side: kernels.SideGradients | None = None
+    ) -> Routing:
+        """The decisions for each token, or those of `active_XM` again. `side`: see `kernels.fan_out`."""
+        return self.configurator(h_BTD.flatten(0, 1), active_XM, side)
 
     def plan(self, routing: Routing, docs: Documents) -> list[PendingRows]:
         """Start packing each module's rows: their numbers travel to the host while other work is launched."""
@@ -57,6 +59,7 @@ class SparseModularActivation(nn.Module):
         plans: Sequence[PendingRows | ActiveRows] | None = None,
         base_BTD: Tensor | None = None,
         residual_BTD: Tensor | None = None,
+        side: kernels.SideGradients | None = None,
     ) -> Tensor:
         """base + y, or y alone without a base; with a residual, SiLU(residual + that): (B, T, D).
 
@@ -68,7 +71,7 @@ class SparseModularActivation(nn.Module):
         for i, (unit, plan) in enumerate(zip(self.units, plans or self.plan(routing, docs), strict=True)):
             rows = plan.finish() if isinstance(plan, PendingRows) else plan
             memory = memories[i] if memories is not None else None
-            out_RD = self.run(unit, kernels.compress(h_XD, rows), rows, docs, memory)
+            out_RD = self.run(unit, kernels.compress(h_XD, rows, side), rows, docs, memory)
             residual_XD = residual_BTD.flatten(0, 1) if residual_BTD is not None and i == last else None
             y_XD = kernels.join_rows(y_XD, out_RD, routing.confidence_XM[:, i], rows, residual_XD)
         return y_XD.view_as(h_BTD)

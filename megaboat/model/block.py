@@ -63,8 +63,9 @@ class SeqBoatBlock(nn.Module):
         normal_BTD, x_BTD = self.norm(x_BTD)
         h_BTD, ema_BDN = self.ema(normal_BTD, docs.first_BT, state.ema_BDN if state else None)
         h_BTD = self.dropout(h_BTD)
-        for_route_BTD, for_linear_BTD, h_BTD = kernels.fan_out(h_BTD, 3)
-        routing = self.sma.route(for_route_BTD, active_XM)
+        side = kernels.side_gradients(h_BTD)
+        for_route_BTD, for_linear_BTD, h_BTD = kernels.fan_out(h_BTD, 3, side)
+        routing = self.sma.route(for_route_BTD, active_XM, side)
         # The linear map runs between the plan and its use, so that the host does not wait for the plan's sizes.
         plans: Sequence[PendingRows | ActiveRows]
         if capacity is None:
@@ -74,10 +75,10 @@ class SeqBoatBlock(nn.Module):
         base_BTD = self.linear(for_linear_BTD)
         memories = state.memories if state else None
         if self.training and self.dropout.p > 0:
-            y_BTD = self.sma(h_BTD, routing, docs, memories, plans, base_BTD)
+            y_BTD = self.sma(h_BTD, routing, docs, memories, plans, base_BTD, side=side)
             x_BTD = F.silu(self.dropout(y_BTD).to(x_BTD.dtype) + x_BTD)
         else:
-            x_BTD = self.sma(h_BTD, routing, docs, memories, plans, base_BTD, residual_BTD=x_BTD)
+            x_BTD = self.sma(h_BTD, routing, docs, memories, plans, base_BTD, x_BTD, side)
         if state is not None:
             state.ema_BDN = ema_BDN
         return self._feed_forward(x_BTD), routing

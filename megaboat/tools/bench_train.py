@@ -292,7 +292,11 @@ def forced(
             modules = len(module.log_temperature)
             columns = [_decisions(tokens, ratio, pattern, generator) for _ in range(modules)]
             active_XM = torch.stack(columns, 1).to(device)
-            hooks.append(module.register_forward_pre_hook(lambda _, args, active=active_XM: (args[0], active)))
+
+            def force(_: nn.Module, args: tuple, active_XM: Tensor = active_XM) -> tuple:
+                return (args[0], active_XM, *args[2:])
+
+            hooks.append(module.register_forward_pre_hook(force))
     try:
         yield
     finally:

@@ -6,16 +6,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaboat.kernels import rows as rows_module
+from megaboat.kernels.coefficients import damped_coefficients
+from megaboat.kernels.fan import SideGradients
 from megaboat.kernels.join import join_rows
 from megaboat.kernels.linear import mixed_linear
 from megaboat.kernels.norm import layer_norm
 from megaboat.kernels.rotary import rotary_heads, turns
-from megaboat.kernels.rows import plan_rows
+from megaboat.kernels.rows import compress, plan_rows
 from tests.kernels.checks import FLOOR, assert_as_exact_as_torch, outputs_and_gradients
 from tests.kernels.test_ema_triton import DEVICES
 
 gate_triton = pytest.importorskip("megaboat.kernels.gate_triton", reason="triton is not installed")
-from megaboat.kernels import fan_triton, join_triton, linear_triton, margin_triton, norm_triton, rotary_triton  # noqa: E402
+from megaboat.kernels import (  # noqa: E402
+    coefficients_triton,
+    fan_triton,
+    gather_triton,
+    join_triton,
+    linear_triton,
+    margin_triton,
+    norm_triton,
+    rotary_triton,
+)
 
 Function = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -148,6 +160,51 @@ def test_uses_of_a_tensor_that_fans_out(device: str) -> None:
     first, second, _ = fan_triton.fan_out_triton(x, 3)
     (first**2 + 3 * second).sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.detach() + 3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(("X", "D", "share"), [(1, 3, 1.0), (40, 40, 0.4), (41, 2000, 0.0), (0, 4, 1.0)])
+def test_gradients_left_aside(
+    X: int, D: int, share: float, dense: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two modules' rows, two thin maps of two margins each, with and without a dense use beside them."""
+    monkeypatch.setattr(rows_module, "_gather_rows", gather_triton.gather_rows_triton)
+    plans = [plan_rows((torch.rand(X) < share).to(device), torch.tensor([0, X], dtype=torch.int32).to(device))
+             for _ in range(2)]  # fmt: skip
+    center_D = random(D).float()
+    inputs = {"h": random(X, D), "weight": random(2, D), "bias": random(2)}
+
+    def fused(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        side = SideGradients()
+        uses = iter(fan_triton.fan_out_triton(h, 5, side))
+        thin = [margin_triton.margins_triton(next(uses), center_D.to(h.device), weight, bias, side) for _ in range(2)]
+        wide = [compress(next(uses), rows, side) for rows in plans]
+        return together(next(uses), thin, wide)
+
+    def plain(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        centred = h.to(weight.dtype) - center_D.to(weight.device, weight.dtype)
+        thin = [torch.nn.functional.linear(centred, weight, bias)] * 2
+        return together(h, thin, [h[rows.token_R.to(h.device)] for rows in plans])
+
+    def together(h: Tensor, thin: list[Tensor], wide: list[Tensor]) -> Tensor:
+        parts = [*(3 * x for x in thin), *wide, *([2 * h] if dense else [])]
+        return torch.cat([x.flatten().to(torch.promote_types(x.dtype, torch.float32)) for x in parts])
+
+    check(fused, plain, inputs, dtype, device, frozenset({"weight", "bias"}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(1, 1), (40, 16), (300, 7)])
+def test_damped_coefficients(shape: tuple[int, int], device: str) -> None:
+    inputs = {name: random(*shape) for name in ("smoothing", "damping", "expansion", "projection")}
+
+    def both(function: Callable[..., tuple[Tensor, Tensor]]) -> Function:
+        return lambda **parameters: torch.cat(function(*parameters.values()))
+
+    fused = both(coefficients_triton.damped_coefficients_triton)
+    check(fused, both(damped_coefficients), inputs, torch.float32, device, frozenset())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -44,10 +44,10 @@ class Witness:
             block.sma.configurator.register_forward_pre_hook(self.perturb)
             block.sma.configurator.register_forward_hook(self.record)
 
-    def perturb(self, module: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        h_XD, active_XM = inputs
+    def perturb(self, module: nn.Module, inputs: tuple) -> tuple:
+        h_XD, active_XM, *others = inputs
         self.free += active_XM is None
-        return (-h_XD if module in self.routings else h_XD), active_XM
+        return (-h_XD if module in self.routings else h_XD), active_XM, *others
 
     def record(self, module: nn.Module, inputs: tuple, routing: Routing) -> None:
         self.routings.setdefault(module, []).append(routing)
