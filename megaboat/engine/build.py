@@ -101,6 +101,8 @@ def _open_owned(
         loader.check_resume(checkpoint.state["data"])
         load_weights(model, checkpoint.model(), str(checkpoint.folder))
     model.checkpoint_activations = config.train.checkpoint_activations
+    if isinstance(model, SeqBoat):
+        model.recompute_elementwise = config.train.recompute_elementwise
     if isinstance(model, Llama) and ranks.device.type == "cuda" and config.parallel.zero < 3:
         model.compile_layers()
     if checkpoint is None:

@@ -4,13 +4,14 @@ from megaboat.kernels.attention import windowed_attention
 from megaboat.kernels.coefficients import damped_coefficients
 from megaboat.kernels.ema import ema
 from megaboat.kernels.fan import SideGradients, fan_out, side_gradients
-from megaboat.kernels.gate import silu_gate
+from megaboat.kernels.gate import silu, silu_gate
 from megaboat.kernels.join import join_rows
 from megaboat.kernels.linear import linear
 from megaboat.kernels.loss import linear_cross_entropy, token_nll
 from megaboat.kernels.loss_sharded import sharded_cross_entropy, sharded_token_nll
 from megaboat.kernels.margin import margins
 from megaboat.kernels.norm import branch_norm, layer_norm
+from megaboat.kernels.recompute import elementwise as recompute_elementwise
 from megaboat.kernels.rotary import rotary_heads
 from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, plan_rows, room
 
@@ -31,11 +32,13 @@ __all__ = [
     "linear_cross_entropy",
     "margins",
     "plan_rows",
+    "recompute_elementwise",
     "room",
     "rotary_heads",
     "sharded_cross_entropy",
     "sharded_token_nll",
     "side_gradients",
+    "silu",
     "silu_gate",
     "token_nll",
     "windowed_attention",

@@ -33,6 +33,7 @@ def store_output(y, pre, offset, b_y, mask, SILU: tl.constexpr, SAVE_PRE: tl.con
     if SAVE_PRE:
         tl.store(pre + offset, b_y.to(pre.dtype.element_ty), mask=mask)
     if SILU:
+        b_y = b_y.to(y.dtype.element_ty).to(tl.float32)  # so that y comes back from what is kept
         b_y = b_y * tl.sigmoid(b_y)
     tl.store(y + offset, b_y.to(y.dtype.element_ty), mask=mask)
 

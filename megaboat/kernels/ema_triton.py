@@ -10,6 +10,7 @@ from megaboat.kernels import ema_bwd_triton as bwd
 from megaboat.kernels import ema_fwd_triton as fwd
 from megaboat.kernels.ema_common_triton import GROUP as _GROUP
 from megaboat.kernels.ema_common_triton import pack_resets_kernel
+from megaboat.kernels.recompute import offer
 
 GROUP = _GROUP.value
 WARPS = 4
@@ -94,6 +95,8 @@ class _Ema(torch.autograd.Function):
         resets = None if first is None else _pack_resets(first.contiguous())
         save_pre = silu and any(ctx.needs_input_grad)
         y, pre, state_out = ema_fwd(x, decay, weight, skip, resets, state, silu, save_pre)
+        if pre is not None:
+            offer(y, lambda: torch.nn.functional.silu(pre))
         ctx.save_for_backward(x, decay, weight, skip, resets, state, pre)
         ctx.set_materialize_grads(False)
         return y, state_out

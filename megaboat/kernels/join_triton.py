@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.recompute import offer
 from megaboat.kernels.rows import ActiveRows
 
 
@@ -35,6 +36,8 @@ class _JoinRows(torch.autograd.Function):
                 base_XD, y_RD, confidence_X, row_X, residual_XD, sum_XD, out_XD, D, through_silu,
                 triton.next_power_of_2(D),
             )  # fmt: skip
+        if sum_XD is not None:
+            offer(out_XD, lambda: torch.nn.functional.silu(sum_XD))
         ctx.save_for_backward(y_RD, confidence_X, row_X, sum_XD)
         ctx.unused, ctx.dtypes = unused, (base_XD.dtype, residual_XD.dtype if through_silu else None)
         return out_XD
@@ -71,7 +74,9 @@ def join_fwd_kernel(  # type: ignore[no-untyped-def]
     b_sum += tl.load(confidence + i_x).to(tl.float32) * b_y
     if THROUGH_SILU:
         b_sum += tl.load(residual + i_x * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        tl.store(summed + i_x * D + o_d, b_sum.to(summed.dtype.element_ty), mask=m_d)
+        b_sum = b_sum.to(summed.dtype.element_ty)  # so that the output comes back from what is kept
+        tl.store(summed + i_x * D + o_d, b_sum, mask=m_d)
+        b_sum = b_sum.to(tl.float32)
         b_sum *= tl.sigmoid(b_sum)
     tl.store(out + i_x * D + o_d, b_sum.to(out.dtype.element_ty), mask=m_d)
 

@@ -3,11 +3,20 @@
 import torch
 from torch import Tensor
 
+from megaboat.kernels.recompute import later, offer
+
 EPS = 1e-5
 
 
 def branch_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
     """`layer_norm(x)` and x itself. Who goes on with that x has the two gradients of x added in one pass."""
+    normal, branch = _branch_norm(x, weight_D, bias_D, eps)
+    again, weight, bias = later(x), weight_D.detach(), bias_D.detach()  # ZeRO-3 may have taken the parameters back
+    offer(normal, lambda: layer_norm(again(), weight, bias, eps))
+    return normal, branch
+
+
+def _branch_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if x.is_cuda and x.dtype != torch.float64:
         from megaboat.kernels.norm_triton import branch_norm_triton
 

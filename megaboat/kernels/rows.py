@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megaboat.kernels.fan import SideGradients
+from megaboat.kernels.recompute import later, offer
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ def _plan_capacity(active_X: Tensor, cu_seqlens: Tensor, capacity: int) -> Activ
 
 def compress(x_XD: Tensor, rows: ActiveRows, side: SideGradients | None = None) -> Tensor:
     """The active tokens' rows: (X, D) -> (R, D). `side`: where the gradient of x is left, as rows."""
-    return _Gather.apply(x_XD, *_both_ways(rows), side)
+    index_R, row_X = _both_ways(rows)
+    out_RD, again = _Gather.apply(x_XD, index_R, row_X, side), later(x_XD)
+    offer(out_RD, lambda: _gather_rows(again(), index_R))
+    return out_RD
 
 
 def extract(y_RD: Tensor, rows: ActiveRows) -> Tensor:

@@ -42,7 +42,7 @@ class GatedAttentionUnit(nn.Module):
         """(R, D) -> (R, D). Runs on zero rows too, so that its parameters are always in the autograd graph."""
         for_z_RD, for_v_RD, for_r_RD = kernels.fan_out(h_RD, 3)
         # The two large products first: the device works on them while the host launches the many small passes after.
-        v_RE, r_RE = F.silu(self.v(for_v_RD)), self.r(for_r_RD)
+        v_RE, r_RE = kernels.silu(self.v(for_v_RD)), self.r(for_r_RD)
         z_RZ = F.silu(self.z(for_z_RD))
         positions_R = docs.positions_BT.reshape(-1)[rows.token_R]
         if self.recall is not None:

@@ -76,8 +76,11 @@ def count_parameters(config: SeqBoatConfig | LlamaConfig, cut: Cut | None = None
     return Parameters(linear, other, whole)
 
 
-def layer_bytes(config: SeqBoatConfig, s: int, tensor: int = 1) -> tuple[float, float]:
-    """What one layer keeps for its backward pass: of every token, and of every active row of each module."""
+def layer_bytes(config: SeqBoatConfig, s: int, tensor: int = 1, elementwise: bool = False) -> tuple[float, float]:
+    """What one layer keeps for its backward pass: of every token, and of every active row of each module.
+
+    elementwise: without what `train.recompute_elementwise` makes again.
+    """
     D, Z, E, F = config.width, config.qk_dim, (config.value_dim or 0) / tensor, (config.ffn_dim or 0) / tensor
     heads = max(1, (config.heads or 1) // tensor)
     columns = int(E) // heads
@@ -93,6 +96,10 @@ def layer_bytes(config: SeqBoatConfig, s: int, tensor: int = 1) -> tuple[float, 
     row = s * (2 * D + 2 * Z + 2 * narrow + 2 * wide + 3 * E) + 8 + 8 + 4 * wide / head
     if wide != E:
         row += s * E  # the outputs without padding
+    if elementwise:
+        # The norms' outputs, h, the first norm's input where a SiLU made it, products with a gate; values, h's rows.
+        token -= s * (2 * D + (D + F if F else D))
+        row -= s * (D + E + (E if wide == E else 0))
     return token, row
 
 
@@ -112,6 +119,7 @@ def training_memory(
     checkpointing: bool = False,
     bf16: bool = True,
     tensor: int = 1,
+    elementwise: bool = False,
 ) -> Memory:
     """Of one rank that holds `parameters` and puts `tokens` through the model at a time, `data` ranks sharing states.
 
@@ -122,7 +130,8 @@ def training_memory(
     master = P / data if zero in (1, 2) else 0.0
     gradients = P / data if zero >= 2 else float(P)
     layer = _layer(config, s, tokens, activation, tensor)
-    kept = kept_bytes(config, tokens, activation, checkpointing, s, tensor) + (layer if checkpointing else 0)
+    kept = kept_bytes(config, tokens, activation, checkpointing, s, tensor, elementwise)
+    kept += layer if checkpointing else 0
     casts = s * parameters.linear if bf16 else 0.0
     if checkpointing:
         casts /= config.layers  # each layer's, while it is recomputed
@@ -144,20 +153,33 @@ def training_memory(
 
 
 def kept_bytes(
-    config: SeqBoatConfig | LlamaConfig, tokens: int, activation: float, checkpointing: bool, s: int, tensor: int = 1
+    config: SeqBoatConfig | LlamaConfig,
+    tokens: int,
+    activation: float,
+    checkpointing: bool,
+    s: int,
+    tensor: int = 1,
+    elementwise: bool = False,
 ) -> float:
     """What lies there at the end of the forward pass: of each layer, of the ends, without weights in bf16."""
     ends = tokens * (3 * s * config.width + 8)  # the last norm's input and output, the loss's gradient of that
     modules = config.modules if isinstance(config, SeqBoatConfig) else 0
     if checkpointing:
         return config.layers * tokens * (s * config.width + 9 * modules) + ends
-    return config.layers * _layer(config, s, tokens, activation, tensor) + ends
+    return config.layers * _layer(config, s, tokens, activation, tensor, elementwise) + ends
 
 
-def _layer(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, activation: float, tensor: int) -> float:
+def _layer(
+    config: SeqBoatConfig | LlamaConfig,
+    s: int,
+    tokens: int,
+    activation: float,
+    tensor: int,
+    elementwise: bool = False,
+) -> float:
     if isinstance(config, LlamaConfig):
         return tokens * llama_layer_bytes(config, s)
-    token, row = layer_bytes(config, s, tensor)
+    token, row = layer_bytes(config, s, tensor, elementwise)
     return tokens * (token + activation * config.modules * row)
 
 

@@ -1,6 +1,7 @@
 """The SeqBoat language model: embedding, blocks, head; and all its initialisation in one function."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,6 +86,7 @@ class SeqBoat(nn.Module):
         self.capacity: float | None = None
         """In training, rows of each module as a share of a micro-batch's tokens, active or not; None: as many as are
         active, for which the host waits once a layer. Evaluation and decoding never turn an active token away."""
+        self.recompute_elementwise = False
 
     def forward(
         self,
@@ -95,7 +97,15 @@ class SeqBoat(nn.Module):
         per_token: bool = False,
     ) -> ModelOutput:
         """Read B x T tokens, or embeddings (B, T, D); with `state`, go on from it and bring it up to date in place."""
-        x_BTD = self._embed(tokens_BT)
+        with kernels.recompute_elementwise() if self.recompute_elementwise else nullcontext():
+            x_BTD, routings = self._stack(self._embed(tokens_BT), docs, state)
+        if state is not None:
+            state.position_B = docs.positions_BT[:, -1] + 1
+        x_BTD = self.norm(x_BTD)
+        nll = None if targets_BT is None else self.head(x_BTD, targets_BT, per_token)
+        return ModelOutput(nll, x_BTD, routings)
+
+    def _stack(self, x_BTD: Tensor, docs: Documents, state: DecodingState | None) -> tuple[Tensor, list[Routing]]:
         routings = []
         share = self.capacity if self.training and state is None else None
         capacity = None if share is None else kernels.room(share, docs.shape.numel())
@@ -105,11 +115,7 @@ class SeqBoat(nn.Module):
             else:
                 x_BTD, routing = block(x_BTD, docs, state.layers[i] if state else None, None, capacity)
             routings.append(routing)
-        if state is not None:
-            state.position_B = docs.positions_BT[:, -1] + 1
-        x_BTD = self.norm(x_BTD)
-        nll = None if targets_BT is None else self.head(x_BTD, targets_BT, per_token)
-        return ModelOutput(nll, x_BTD, routings)
+        return x_BTD, routings
 
     def step(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, list[Routing]]:
         """Logits (B, V) after one more token of each row, in constant time and memory: the state's tensors stay where

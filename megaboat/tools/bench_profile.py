@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise BadInput("bench profile needs a CUDA device")
     sizes, ranks = Sizes(), this_process()
     micro_batch = arguments.micro_batch or max(1, sizes.tokens // arguments.length)
-    config = step_config(sizes.families[arguments.family], arguments.length, micro_batch, False, sizes)
+    config = step_config(sizes.families[arguments.family], arguments.length, micro_batch, "nothing", sizes)
     ratio = arguments.ratio if isinstance(config.model, SeqBoatConfig) else None
     connect(ranks)
     check(ranks.device, sizes.precision)

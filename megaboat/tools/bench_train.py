@@ -2,9 +2,9 @@
 
 Whole steps of the real engine: forward, backward, clipping, AdamW. SeqBoat's activation is forced: `random` activates
 each token by itself with the given probability, `runs` in stretches of 64 tokens on average. A micro-batch that does
-not fit is halved, and where not even one row fits, activations are recomputed; the table says so. Every row is
-measured, none is extrapolated. The model is first compared with fp64 on the same device; if it is wrong nothing is
-timed.
+not fit is halved, and where not even one row fits, activations are recomputed, first those that a pass over memory
+gives again, then all; the table says so. Every row is measured, none is extrapolated. The model is first compared with
+fp64 on the same device; if it is wrong nothing is timed.
 
 example:
   megaboat bench train --lengths 8192,32768 --json train.json
@@ -39,6 +39,8 @@ from megaboat.model.seqboat import SeqBoat
 RUN_LENGTH = 64
 WARM_UP = 3  # the first compiles, the next two settle the allocator
 
+RECOMPUTED = ("nothing", "elementwise", "all")
+
 Config = SeqBoatConfig | LlamaConfig
 Case = tuple[float | None, str | None]
 """Forced activation: the ratio and the pattern. None: the model decides."""
@@ -63,6 +65,8 @@ class Sizes:
     steps: int = 5
     precision: str = "bf16"
     zero: int = 0
+    recompute: tuple[str, ...] = RECOMPUTED
+    """The first of these that fits is taken."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Row:
     activation: float | None
     pattern: str | None
     micro_batch: int
-    recomputed: bool
+    recomputed: str
+    """One of RECOMPUTED."""
     tokens_per_second: float
     spread: float
     """Half the distance between the slowest and the fastest step, over the median."""
@@ -92,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patterns", default="random,runs", help="of forced activation; default: %(default)s")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each row; default: %(default)s")
     parser.add_argument("--zero", type=int, default=0, choices=(0, 1, 2), help="DeepSpeed's stage; default: 0")
+    parser.add_argument("--recompute", choices=RECOMPUTED, help="default: what fits, nothing first")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
 
 
@@ -129,11 +135,12 @@ def _sizes(arguments: argparse.Namespace) -> Sizes:
         patterns=tuple(arguments.patterns.split(",")),
         steps=arguments.steps,
         zero=arguments.zero,
+        recompute=(arguments.recompute,) if arguments.recompute else RECOMPUTED,
     )
 
 
 HEADER = (
-    f"{'model':<9}{'tokens a row':>13}{'active':>8}{'pattern':>9}{'rows':>6}{'recomputed':>12}"
+    f"{'model':<9}{'tokens a row':>13}{'active':>8}{'pattern':>9}{'rows':>6}{'recomputed':>13}"
     f"{'tokens/s':>11}{'+-':>6}{'x Llama':>9}{'peak GB':>9}{'MFU':>7}"
 )
 
@@ -146,7 +153,7 @@ def line(row: Row, before: Sequence[Row]) -> str:
     mfu = "n/a" if row.mfu is None else f"{row.mfu:.1%}"
     return (
         f"{row.family:<9}{row.length:>13,}{active:>8}{row.pattern or '':>9}{row.micro_batch:>6}"
-        f"{'yes' if row.recomputed else 'no':>12}{row.tokens_per_second:>11,.0f}{row.spread:>6.1%}{ratio:>9}"
+        f"{row.recomputed:>13}{row.tokens_per_second:>11,.0f}{row.spread:>6.1%}{ratio:>9}"
         f"{row.peak_gb:>9.1f}{mfu:>7}"
     )
 
@@ -168,7 +175,8 @@ def _family(name: str, model: Config, length: int, sizes: Sizes, ranks: Ranks) -
     ]  # fmt: skip
     rows = max(1, sizes.tokens // length)
     micro_batches = [rows >> i for i in range(rows.bit_length())]
-    attempts = [(micro, again) for again in (False, True) for micro in micro_batches]
+    ways = [way for way in sizes.recompute if way != "elementwise" or isinstance(model, SeqBoatConfig)]
+    attempts = [(micro, way) for way in ways for micro in micro_batches]
     for micro_batch, recomputed in attempts:
         config = step_config(model, length, micro_batch, recomputed, sizes)
         with suppress(torch.OutOfMemoryError):
@@ -178,7 +186,7 @@ def _family(name: str, model: Config, length: int, sizes: Sizes, ranks: Ranks) -
         _free()
         if not cases:
             return
-    raise MegaboatError(f"{name} at {length:,} tokens does not fit, even one row with recomputation")
+    raise MegaboatError(f"{name} at {length:,} tokens does not fit, even one row with {ways[-1]} recomputed")
 
 
 def _rows(name: str, config: RunConfig, cases: Sequence[Case], steps: int, ranks: Ranks) -> Iterator[Row]:
@@ -187,13 +195,14 @@ def _rows(name: str, config: RunConfig, cases: Sequence[Case], steps: int, ranks
             yield measure(name, engine, config, case, steps, ranks)
 
 
-def step_config(model: Config, length: int, micro_batch: int, recomputed: bool, sizes: Sizes) -> RunConfig:
+def step_config(model: Config, length: int, micro_batch: int, recomputed: str, sizes: Sizes) -> RunConfig:
     """A step of `sizes.tokens`, or of one row where that is longer."""
     train = TrainConfig(
         global_batch=max(1, sizes.tokens // length),
         micro_batch=micro_batch,
         precision=sizes.precision,
-        checkpoint_activations=recomputed,
+        checkpoint_activations=recomputed == "all",
+        recompute_elementwise=recomputed == "elementwise",
     )
     return RunConfig(
         model=model, data=DataConfig(seq_len=length), train=train, parallel=ParallelConfig(zero=sizes.zero)
@@ -206,7 +215,9 @@ def prepared(config: RunConfig, ranks: Ranks) -> Iterator[Engine]:
     with ranks.device:
         model = build_model(config.model, 0)
     model.checkpoint_activations = config.train.checkpoint_activations
-    if not isinstance(model, SeqBoat) and ranks.device.type == "cuda":
+    if isinstance(model, SeqBoat):
+        model.recompute_elementwise = config.train.recompute_elementwise
+    elif ranks.device.type == "cuda":
         model.compile_layers()
     engine = Engine(model, config, ranks)
     try:
@@ -230,12 +241,18 @@ def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int
         activation,
         pattern,
         micro_batch,
-        config.train.checkpoint_activations,
+        _recomputed(config),
         rows * length / median,
         (max(seconds) - min(seconds)) / 2 / median,
         torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0,
         flops / median / peak if peak else None,
     )
+
+
+def _recomputed(config: RunConfig) -> str:
+    if config.train.checkpoint_activations:
+        return "all"
+    return "elementwise" if config.train.recompute_elementwise else "nothing"
 
 
 def _timed(engine: Engine, config: RunConfig, ranks: Ranks, steps: int) -> tuple[list[float], float, float | None]:

@@ -70,6 +70,7 @@ def layout_memory(config: RunConfig, parameters: Parameters, layout: Layout, act
         zero=layout.zero,
         data=layout.copies,
         checkpointing=layout.checkpointing,
+        elementwise=config.train.recompute_elementwise and not layout.checkpointing,
         bf16=config.train.precision == "bf16",
         tensor=layout.tensor,
     )

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megaboat import kernels
 from megaboat.config import build_config
-from megaboat.kernels import flash
+from megaboat.kernels import flash, gate, norm
 from megaboat.kernels.ema_triton import ema_triton
 from megaboat.kernels.gate_triton import silu_gate_triton
 from megaboat.kernels.join_triton import join_rows_triton
@@ -52,7 +52,7 @@ def measure(case: dict[str, Any]) -> int:
     docs = Documents.whole(case["rows"], case["length"])
     with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=case["bf16"]):
         model = build_model(config, 0)
-        model.checkpoint_activations = case["checkpointing"]
+        model.checkpoint_activations, model.recompute_elementwise = case["checkpointing"], case["elementwise"]
         for block in model.blocks:  # a bias that decides alone
             block.sma.configurator.logits.bias.data.view(-1, 2)[:, 1] = 100.0 if case["active"] else -100.0
         if case["tensor"] > 1:  # this process is the first rank; what others would send has the same sizes
@@ -66,10 +66,10 @@ def measure(case: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    kernels.ema, kernels.silu_gate, kernels.join_rows = ema_triton, silu_gate_triton, join_rows_triton
+    kernels.ema, gate._silu_gate, kernels.join_rows = ema_triton, silu_gate_triton, join_rows_triton
     kernels.margins = margins_triton
     kernels.rotary_heads = lambda z, *rest: rotary_heads_triton(z, *rest[:3], turns(z.shape[1], rest[3], z.device))
-    kernels.branch_norm = lambda x, weight, bias: branch_norm_triton(x, weight, bias, EPS)
+    norm._branch_norm = branch_norm_triton
     kernels.linear = lambda x, w, b=None: (mixed_linear if x.dtype == torch.bfloat16 else F.linear)(x, w, b)
     kernels.layer_norm = lambda x, weight=None, bias=None: layer_norm_triton(x, weight, bias, EPS)
     kernels.windowed_attention = attention

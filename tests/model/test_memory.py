@@ -64,6 +64,8 @@ KEEPING = {
     "fp32": {"bf16": False},
     "no feed-forward": {"model": {"ffn_dim": 0}},
     "half of the heads": {"tensor": 2},
+    "scaled, a pass over memory again": {"elementwise": True},
+    "paper, a pass over memory again": {"elementwise": True, "model": {"block": "paper"}},
 }
 
 
@@ -72,7 +74,8 @@ def test_a_forward_pass_keeps_what_is_planned() -> None:
     pytest.importorskip("triton")
     cases: list[dict[str, Any]] = []
     for change in KEEPING.values():
-        case = {"active": True, "checkpointing": False, "bf16": True, "rows": 1, "length": 64, "tensor": 1} | change
+        case = {"active": True, "checkpointing": False, "elementwise": False, "bf16": True, "tensor": 1} | change
+        case |= {"rows": 1, "length": 64}
         cases.append(case | {"model": SMALL | {"ema_order": 4} | change.get("model", {})})
     done = subprocess.run(
         [sys.executable, "-m", "tests.model.keeping", json.dumps(cases)],
@@ -86,7 +89,9 @@ def test_a_forward_pass_keeps_what_is_planned() -> None:
     for name, case, found in zip(KEEPING, cases, json.loads(done.stdout.splitlines()[-1]), strict=True):
         config = SeqBoatConfig(**case["model"])
         s = 2 if case["bf16"] else 4
-        kept = kept_bytes(config, 64, float(case["active"]), case["checkpointing"], s, case["tensor"])
+        kept = kept_bytes(
+            config, 64, float(case["active"]), case["checkpointing"], s, case["tensor"], case["elementwise"]
+        )
         cast = case["bf16"] and not case["checkpointing"]
         weights = s * count_parameters(config, CUT, case["tensor"]).linear if cast else 0
         head = 4 * config.vocab_size * config.width / case["tensor"]  # the loss has computed its gradient already
