@@ -18,7 +18,10 @@ COMMANDS = {
     ),
     "launch": ("megaboat.tools.launch", "submit training to SLURM, or a sweep of runs as one array"),
     "study": ("megaboat.tools.study", "run a grid of configurations, and report what they say together"),
-    "listops": ("megaboat.tools.listops", "long-range ListOps: draw the trees, train a bidirectional SeqBoat"),
+    "classify": (
+        "megaboat.tools.classify",
+        "the paper's tasks of sequences and classes: ListOps, pictures, text, sound",
+    ),
     "plan": ("megaboat.tools.plan", "parameters, FLOPs, memory and layouts of a configuration; needs no GPU"),
     "eval": ("megaboat.tools.evaluate", "nll, perplexity and bits per byte of a run, domain by domain"),
     "data": ("megaboat.tools.data", "prepare, verify and describe token shards"),

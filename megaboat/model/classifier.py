@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from megaboat.config import Section
 from megaboat.layers.bidirectional import BidirectionalEMA, BidirectionalGAU
-from megaboat.layers.configurator import Configurator, Routing, initial_log_temperature
+from megaboat.layers.configurator import Routing
 from megaboat.layers.documents import Documents
 from megaboat.layers.norm import LayerNorm
 from megaboat.layers.sma import SparseModularActivation
@@ -61,45 +61,70 @@ class EncoderBlock(nn.Module):
         return self.norm(F.silu(self.linear(h_BTD) + gated_BTD + x_BTD)), routing
 
 
-class SeqBoatClassifier(nn.Module):
-    """Symbols to classes: embedding, encoder blocks, mean over the sequence, two linear maps."""
+class NumberEmbedding(nn.Module):
+    """A number x as x weight + bias: (B, T) -> (B, T, D). Ma et al. 2023, for pixels and samples."""
 
-    def __init__(self, config: ClassifierConfig, symbols: int, classes: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.config = config
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_BT: Tensor) -> Tensor:
+        return x_BT[..., None] * self.weight + self.bias
+
+
+class SeqBoatClassifier(nn.Module):
+    """Sequences to classes: embedding, encoder blocks, mean over the sequence, two linear maps.
+
+    Of two sequences the head sees both means a and b, their product and their difference, as in inference of language.
+    """
+
+    def __init__(self, config: ClassifierConfig, symbols: int, classes: int, parts: int = 1) -> None:
+        super().__init__()
+        self.config, self.parts = config, parts
         width = config.width
-        self.embedding = nn.Embedding(symbols, width)
+        self.embedding = nn.Embedding(symbols, width) if symbols else NumberEmbedding(width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
-        self.hidden = nn.Linear(width, 2 * width, bias=False)
+        self.hidden = nn.Linear(width if parts == 1 else 4 * width, 2 * width)
         self.out = nn.Linear(2 * width, classes, bias=False)
 
-    def forward(self, symbols_BT: Tensor, pad: int) -> tuple[Tensor, list[Routing]]:
-        """Logits (B, classes) and each layer's decisions. A row's output does not depend on the others, nor on its
-        padding, which stands behind it."""
-        kept_BT = symbols_BT != pad
-        B, T = symbols_BT.shape
-        docs = Documents.whole(B, T, symbols_BT.device)
-        x_BTD = self.dropout(self.embedding(symbols_BT) * self.config.width**0.5)
+    def forward(self, values_BT: Tensor, kept_BT: Tensor) -> tuple[Tensor, list[Routing]]:
+        """Logits (B / parts, classes) and each layer's decisions, of symbols (int64) or numbers.
+
+        A row's output does not depend on the others, nor on its padding (`kept_BT` False), which stands behind it.
+        """
+        B, T = values_BT.shape
+        docs = Documents.whole(B, T, values_BT.device)
+        x_BTD = self.dropout(self.embedding(values_BT))
         routings = []
         for block in self.blocks:
             x_BTD, routing = block(x_BTD, docs, kept_BT)
             routings.append(routing)
         mean_BD = (x_BTD * kept_BT[..., None]).sum(1) / kept_BT.sum(1, keepdim=True)
-        return self.out(F.gelu(self.hidden(mean_BD))), routings
+        return self.out(F.gelu(self.dropout(self.hidden(self._features(mean_BD))))), routings
+
+    def _features(self, mean_BD: Tensor) -> Tensor:
+        if self.parts == 1:
+            return mean_BD
+        a, b = mean_BD.unflatten(0, (-1, 2)).unbind(1)
+        return torch.cat([a, b, a * b, b - a], 1)
 
 
 @torch.no_grad()
-def build_classifier(config: ClassifierConfig, symbols: int, classes: int, seed: int) -> SeqBoatClassifier:
+def build_classifier(
+    config: ClassifierConfig, symbols: int, classes: int, seed: int, parts: int = 1
+) -> SeqBoatClassifier:
     """On the default device, every parameter drawn from `seed`: as in the language model, the head by Xavier."""
-    model = SeqBoatClassifier(config, symbols, classes)
+    model = SeqBoatClassifier(config, symbols, classes, parts)
     shared = ("layers", "width", "qk_dim", "value_dim", "ema_order", "window", "temperature_scale")
     like = SeqBoatConfig(block="paper", **{name: getattr(config, name) for name in shared})
-    generator = torch.Generator(device=model.embedding.weight.device).manual_seed(seed)
+    generator = torch.Generator(device=model.out.weight.device).manual_seed(seed)
     for module in model.modules():
         initialize_module(module, like, generator)
-        if isinstance(module, Configurator):
-            module.log_temperature.fill_(initial_log_temperature(config.width, config.temperature_scale))
+        if isinstance(module, NumberEmbedding):
+            module.weight.normal_(0, 1, generator=generator)
+            module.bias.normal_(0, 0.1, generator=generator)
         if isinstance(module, BidirectionalGAU):
             nn.init.trunc_normal_(module.distance, 0.0, 0.02, -0.04, 0.04, generator=generator)
     for layer in (model.hidden, model.out):

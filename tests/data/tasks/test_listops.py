@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaboat.data import listops
-from megaboat.data.listops import PAD, SYMBOLS, content_hash, draw_tree, make_listops, open_listops
+from megaboat.data.tasks import listops
+from megaboat.data.tasks.listops import SYMBOLS, ListOps, draw_tree
 from megaboat.errors import BadInput
 
 MEANING = {
@@ -64,18 +64,17 @@ def test_the_same_trees_in_any_number_of_processes_and_none_twice(
     hashes = []
     for name, processes in (("one", 1), ("three", 3)):
         monkeypatch.setattr(multiprocessing, "cpu_count", lambda n=processes: n)
-        make_listops(tmp_path / name, (30, 10, 10), (5, 40), seed=7)
-        splits = open_listops(tmp_path / name)
-        hashes.append(content_hash(splits))
-    assert hashes == ["f68788a1c6a21a4facdda0dd7f5591df92b0fbc3872483307633ba06424fec7b"] * 2
-    assert [len(trees) for trees in splits.values()] == [30, 10, 10]
+        task = ListOps(folder=tmp_path / name, counts=(30, 10, 10), lengths=(5, 40), seed=7).open()
+        hashes.append(task.content_hash())
+    assert hashes == ["395c90ca6728384d0d063c8b304d904a52f346ce19c8cda1a08ca987cc3221ab"] * 2
+    assert [len(trees) for trees in task.splits.values()] == [30, 10, 10]
     written = []
-    for trees in splits.values():
-        symbols_BT, value_B = trees.batch(np.arange(len(trees)))
-        for row, value in zip(symbols_BT, value_B, strict=True):
-            words = [SYMBOLS[symbol] for symbol in row if symbol != PAD]
-            assert evaluate(words)[0] == value
+    for trees in task.splits.values():
+        values_BT, kept_BT, label_B = trees.batch(np.arange(len(trees)))
+        for row, kept, label in zip(values_BT, kept_BT, label_B, strict=True):
+            words = [SYMBOLS[symbol] for symbol in row[kept]]
+            assert evaluate(words)[0] == label
             written.append(" ".join(words))
     assert len(set(written)) == 50
     with pytest.raises(BadInput, match="other settings"):
-        make_listops(tmp_path / "one", (30, 10, 11), (5, 40), seed=7)
+        ListOps(folder=tmp_path / "one", counts=(30, 10, 11), lengths=(5, 40), seed=7).open()
