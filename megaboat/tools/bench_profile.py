@@ -25,8 +25,9 @@ from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import head_flops, planned_work, unit_flops
+from megaboat.tools.bench_forced import forced
 from megaboat.tools.bench_timing import Ceilings, ceilings
-from megaboat.tools.bench_train import WARM_UP, Sizes, check, forced, prepared, step_config, train_step
+from megaboat.tools.bench_train import WARM_UP, Sizes, check, prepared, step_config, train_step
 
 # The first pattern that is found in a kernel's name says what it is for.
 GROUPS = {

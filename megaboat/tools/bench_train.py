@@ -6,8 +6,12 @@ not fit is halved, and where not even one row fits, activations are recomputed, 
 gives again, then all; the table says so. Every row is measured, none is extrapolated. The model is first compared with
 fp64 on the same device; if it is wrong nothing is timed.
 
-example:
+Modes: exact waits once a layer for the number of active rows; capacity has a fixed number, 5 % above the busiest
+layer's, and waits for nothing; graph is capacity with forward and backward as one CUDA graph.
+
+examples:
   megaboat bench train --lengths 8192,32768 --json train.json
+  megaboat bench train --lengths 2048 --tokens 8192 --ratios 0.25 --patterns random --modes exact,capacity,graph
 """
 
 import argparse
@@ -16,34 +20,36 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from megaboat.data.config import DataConfig
 from megaboat.engine.deepspeed import Engine, connect
 from megaboat.engine.ranks import Ranks, this_process
 from megaboat.engine.run_config import ParallelConfig, RunConfig, TrainConfig
 from megaboat.errors import BadInput, MegaboatError
-from megaboat.layers.configurator import Configurator
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.flops import count_work, forward_flops, llama_flops, peak_flops
 from megaboat.model.seqboat import SeqBoat
+from megaboat.tools.bench_forced import forced
+from megaboat.tools.bench_graph import Captured
 
-RUN_LENGTH = 64
 WARM_UP = 3  # the first compiles, the next two settle the allocator
+MODES = ("exact", "capacity", "graph")
+SPARE = 1.05  # rows of a layer over those of the busiest one
 
 RECOMPUTED = ("nothing", "elementwise", "all")
 
 Config = SeqBoatConfig | LlamaConfig
-Case = tuple[float | None, str | None]
-"""Forced activation: the ratio and the pattern. None: the model decides."""
+Case = tuple[float | None, str | None, str]
+"""Forced activation: the ratio and the pattern (None: the model decides), and the mode."""
+Step = Callable[[Engine, RunConfig, Ranks], tuple[float, float | None]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Sizes:
     lengths: tuple[int, ...] = (2_048, 8_192, 32_768, 131_072)
     ratios: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
     patterns: tuple[str, ...] = ("random", "runs")
+    modes: tuple[str, ...] = MODES[:1]
     tokens: int = 65_536
     """Tokens a step; a longer row is a step by itself."""
     steps: int = 5
@@ -77,6 +84,7 @@ class Row:
     length: int
     activation: float | None
     pattern: str | None
+    mode: str
     micro_batch: int
     recomputed: str
     """One of RECOMPUTED."""
@@ -86,6 +94,8 @@ class Row:
     peak_gb: float
     mfu: float | None
     """Useful work, activated rows only, over the device's peak; None where that is unknown."""
+    problem: str = ""
+    """Why there are no figures."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default="2048,8192,32768,131072", help="tokens a row; default: %(default)s")
     parser.add_argument("--ratios", default="1.0,0.5,0.25,0.125", help="activation ratios; default: %(default)s")
     parser.add_argument("--patterns", default="random,runs", help="of forced activation; default: %(default)s")
+    parser.add_argument("--modes", default="exact", help=f"of {', '.join(MODES)}; default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=Sizes().tokens, help="a step at least; default: %(default)s")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each row; default: %(default)s")
     parser.add_argument("--zero", type=int, default=0, choices=(0, 1, 2), help="DeepSpeed's stage; default: 0")
     parser.add_argument("--recompute", choices=RECOMPUTED, help="default: what fits, nothing first")
@@ -121,8 +133,11 @@ def _sizes(arguments: argparse.Namespace) -> Sizes:
     known, wanted = Sizes().families, arguments.families.split(",")
     if unknown := set(wanted) - set(known):
         raise BadInput(f"--families: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if unknown := set(arguments.patterns.split(",")) - set(Sizes().patterns):
-        raise BadInput(f"--patterns: no {', '.join(sorted(unknown))}; there are {', '.join(Sizes().patterns)}")
+    for option, there in (("patterns", Sizes().patterns), ("modes", MODES)):
+        if unknown := set(getattr(arguments, option).split(",")) - set(there):
+            raise BadInput(f"--{option}: no {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+    if "graph" in arguments.modes and arguments.zero:
+        raise BadInput(f"--modes graph does not go with --zero {arguments.zero}, which takes gradients as they come")
     try:
         lengths = tuple(int(text) for text in arguments.lengths.split(","))
         ratios = tuple(float(text) for text in arguments.ratios.split(","))
@@ -133,6 +148,8 @@ def _sizes(arguments: argparse.Namespace) -> Sizes:
         lengths=lengths,
         ratios=ratios,
         patterns=tuple(arguments.patterns.split(",")),
+        modes=tuple(arguments.modes.split(",")),
+        tokens=arguments.tokens,
         steps=arguments.steps,
         zero=arguments.zero,
         recompute=(arguments.recompute,) if arguments.recompute else RECOMPUTED,
@@ -140,7 +157,7 @@ def _sizes(arguments: argparse.Namespace) -> Sizes:
 
 
 HEADER = (
-    f"{'model':<9}{'tokens a row':>13}{'active':>8}{'pattern':>9}{'rows':>6}{'recomputed':>13}"
+    f"{'model':<9}{'tokens a row':>13}{'active':>8}{'pattern':>9}{'mode':>10}{'rows':>6}{'recomputed':>13}"
     f"{'tokens/s':>11}{'+-':>6}{'x Llama':>9}{'peak GB':>9}{'MFU':>7}"
 )
 
@@ -151,9 +168,11 @@ def line(row: Row, before: Sequence[Row]) -> str:
     ratio = f"{row.tokens_per_second / peers[0].tokens_per_second:.2f}" if peers else ""
     active = "" if row.activation is None else f"{row.activation:.3f}"
     mfu = "n/a" if row.mfu is None else f"{row.mfu:.1%}"
+    said = f"{row.family:<9}{row.length:>13,}{active:>8}{row.pattern or '':>9}{row.mode:>10}{row.micro_batch:>6}"
+    if row.problem:
+        return f"{said}  {row.problem}"
     return (
-        f"{row.family:<9}{row.length:>13,}{active:>8}{row.pattern or '':>9}{row.micro_batch:>6}"
-        f"{row.recomputed:>13}{row.tokens_per_second:>11,.0f}{row.spread:>6.1%}{ratio:>9}"
+        f"{said}{row.recomputed:>13}{row.tokens_per_second:>11,.0f}{row.spread:>6.1%}{ratio:>9}"
         f"{row.peak_gb:>9.1f}{mfu:>7}"
     )
 
@@ -168,10 +187,11 @@ def compare(sizes: Sizes, ranks: Ranks) -> Iterator[Row]:
 
 def _family(name: str, model: Config, length: int, sizes: Sizes, ranks: Ranks) -> Iterator[Row]:
     """All activations of one model at one length, each with the largest micro-batch that fits."""
-    cases: list[Case] = [(None, None)] if isinstance(model, LlamaConfig) else [
-        (ratio, pattern)
+    cases: list[Case] = [(None, None, "exact")] if isinstance(model, LlamaConfig) else [
+        (ratio, pattern, mode)
         for ratio in sorted(sizes.ratios)  # least memory first: it gets the largest micro-batch
         for pattern in (sizes.patterns if ratio < 1 else sizes.patterns[:1])
+        for mode in sizes.modes
     ]  # fmt: skip
     rows = max(1, sizes.tokens // length)
     micro_batches = [rows >> i for i in range(rows.bit_length())]
@@ -229,10 +249,21 @@ def prepared(config: RunConfig, ranks: Ranks) -> Iterator[Engine]:
 
 def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int, ranks: Ranks) -> Row:
     """Time whole steps."""
-    ratio, pattern = case
+    ratio, pattern, mode = case
     rows, length, micro_batch = config.train.global_batch, config.data.seq_len, config.train.micro_batch
-    with forced(engine.module, micro_batch * length, ratio, pattern, ranks.device):
-        seconds, flops, activation = _timed(engine, config, ranks, steps)
+    what = (name, length, ratio, pattern, mode, micro_batch, _recomputed(config))
+    with forced(engine.module, micro_batch * length, ratio, pattern, ranks.device) as busiest:
+        if isinstance(engine.module, SeqBoat):
+            engine.module.capacity = None if mode == "exact" else min(1.0, SPARE * busiest)
+        step: Step = train_step
+        if mode == "graph":
+            try:
+                step = _graphed(engine, config, case, ranks)
+            except (torch.OutOfMemoryError, MegaboatError):
+                raise
+            except Exception as error:  # whatever a kernel's library raises
+                return Row(*what, 0.0, 0.0, 0.0, None, f"not captured: {str(error).strip().splitlines()[0]:.200}")
+        seconds, flops, activation = _timed(engine, config, ranks, steps, step)
     median = statistics.median(seconds)
     peak = peak_flops(ranks.device)
     return Row(
@@ -240,6 +271,7 @@ def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int
         length,
         activation,
         pattern,
+        mode,
         micro_batch,
         _recomputed(config),
         rows * length / median,
@@ -255,16 +287,42 @@ def _recomputed(config: RunConfig) -> str:
     return "elementwise" if config.train.recompute_elementwise else "nothing"
 
 
-def _timed(engine: Engine, config: RunConfig, ranks: Ranks, steps: int) -> tuple[list[float], float, float | None]:
+def _graphed(engine: Engine, config: RunConfig, case: Case, ranks: Ranks) -> Step:
+    """`train_step` with forward and backward captured, after a look at what the graph computes."""
+    rows, micro_batch, length = config.train.global_batch, config.train.micro_batch, config.data.seq_len
+    assert isinstance(engine.module, SeqBoat)
+    useful = train_step(engine, config, ranks)  # decisions are forced: it is the same in every step
+    _forget_peak(ranks.device)  # not after the warm-up: a graph takes its memory once
+    docs = Documents.whole(micro_batch, length, ranks.device)
+    graph = Captured(engine.module, docs, 1 / (rows * length), config.train.precision == "bf16")
+    with forced(graph.module, micro_batch * length, *case[:2], ranks.device):
+        graph.capture()
+    graph.check()
+
+    def step(engine: Engine, config: RunConfig, ranks: Ranks) -> tuple[float, float | None]:
+        graph.begin()
+        for i in range(rows // micro_batch):
+            if i:
+                engine.next_micro_batch()
+            graph(torch.randint(config.model.vocab_size or 0, (micro_batch, length + 1), device=ranks.device))
+        engine.step(1e-6)
+        return useful
+
+    return step
+
+
+def _timed(
+    engine: Engine, config: RunConfig, ranks: Ranks, steps: int, step: Step
+) -> tuple[list[float], float, float | None]:
     """Seconds of each step, and the operations and activation of the last."""
     for _ in range(WARM_UP):
-        flops, activation = train_step(engine, config, ranks)
-    if ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        flops, activation = step(engine, config, ranks)
+    if step is train_step:
+        _forget_peak(ranks.device)
     seconds = []
     for _ in range(steps):
         begin = time.perf_counter()
-        flops, activation = train_step(engine, config, ranks)
+        flops, activation = step(engine, config, ranks)
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
@@ -294,46 +352,6 @@ def train_step(engine: Engine, config: RunConfig, ranks: Ranks) -> tuple[float, 
     return flops, float(torch.stack(ratios).mean())
 
 
-@contextmanager
-def forced(
-    model: nn.Module, tokens: int, ratio: float | None, pattern: str | None, device: torch.device
-) -> Iterator[None]:
-    """Every configurator of `model` is given its decisions, others in each layer; None: it decides itself."""
-    if ratio is None:
-        yield
-        return
-    hooks = []
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, Configurator):
-            modules = len(module.log_temperature)
-            columns = [_decisions(tokens, ratio, pattern, generator) for _ in range(modules)]
-            active_XM = torch.stack(columns, 1).to(device)
-
-            def force(_: nn.Module, args: tuple, active_XM: Tensor = active_XM) -> tuple:
-                return (args[0], active_XM, *args[2:])
-
-            hooks.append(module.register_forward_pre_hook(force))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _decisions(tokens: int, ratio: float, pattern: str | None, generator: torch.Generator) -> Tensor:
-    """bool (tokens,): each token by itself, or in runs whose lengths are geometric with a mean of RUN_LENGTH."""
-    if pattern == "random" or ratio == 1:
-        return torch.rand(tokens, generator=generator) < ratio
-    count = 2 * tokens // RUN_LENGTH + 64
-    on, off = RUN_LENGTH, RUN_LENGTH * (1 - ratio) / ratio
-    means = torch.tensor([on, off]).repeat(count)
-    lengths = (-means * torch.rand(2 * count, generator=generator).log()).ceil().long().clamp_min(1)
-    values = torch.tensor([True, False]).repeat(count)
-    runs = values.repeat_interleave(lengths)
-    return runs.roll(int(torch.randint(RUN_LENGTH, (1,), generator=generator)))[:tokens]
-
-
 def check(device: torch.device, precision: str) -> None:
     """Loss and gradients of a small model in the precision that is timed, against fp64 with the same decisions."""
     config = SeqBoatConfig(block="scaled", vocab_size=500, layers=2, width=128, window=40)
@@ -355,6 +373,11 @@ def check(device: torch.device, precision: str) -> None:
     allowed = (1e-3, 3e-2) if precision == "bf16" else (1e-5, 1e-4)
     if not all(error <= most for error, most in zip(errors, allowed, strict=True)):
         raise MegaboatError(f"the model is wrong: loss off by {errors[0]:.1e}, gradient by {errors[1]:.1e}; not timed")
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _free() -> None:

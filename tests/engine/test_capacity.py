@@ -1,14 +1,21 @@
-"""Runs with a fixed number of rows: what found none is counted over micro-batches and ranks; what cannot be is said."""
+"""Runs with a fixed number of rows: what found none is counted, what cannot be is said, the host waits for nothing."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from megaboat.config import build_config
+from megaboat.engine.deepspeed import Engine
+from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
+from megaboat.layers.documents import Documents
+from megaboat.model.build import build_model
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import tiny_config
 from tests.engine.runs import losses, metrics, train_on_rank
@@ -51,3 +58,62 @@ def test_what_does_not_go_with_it_is_refused(changes: dict[str, Any], said: str)
         tree.setdefault(section, {})[name] = value
     with pytest.raises(BadInput, match=said):
         build_config(RunConfig, tree, "the test").check_world(4)
+
+
+def host_waits(function: Callable[[], Any]) -> list[str]:
+    """The calls of CUDA's runtime in which the host waited. torch refuses all waits but for events: it knows no mode
+    that counts them, the profiler does."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watch:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with record_function("watched"):
+                function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    events = [event for event in watch.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    (during,) = (event.time_range for event in events if event.name == "watched")
+    names = [event.name for event in events if during.start <= event.time_range.start <= during.end]
+    assert any(name.startswith("cudaLaunchKernel") for name in names), "the profiler sees the runtime"
+    return [name for name in names if name.startswith("cu") and "Synchronize" in name]
+
+
+def waits_of_a_step(ranks: Ranks, capacity: float | None, recomputed: bool) -> list[str]:
+    """Two micro-batches through the engine, clipping and AdamW, in bf16."""
+    tree = {
+        "model": {"vocab_size": 256, "layers": 3, "width": 256, "qk_dim": 64, "window": 64, "modules": 2},
+        "train": {"global_batch": 8, "micro_batch": 4, "checkpoint_activations": recomputed, "capacity": capacity},
+        "parallel": {"zero": 0},
+    }
+    config = build_config(RunConfig, tree, "the test")
+    with ranks.device:
+        model = build_model(config.model, 0)
+        text_BT = torch.randint(256, (4, 513))
+    model.checkpoint_activations, model.capacity = recomputed, capacity
+    engine, docs = Engine(model, config, ranks), Documents.whole(4, 512, ranks.device)
+    engine.train()
+    tokens_BT, targets_BT = text_BT[:, :-1], text_BT[:, 1:].contiguous()
+
+    def step() -> torch.Tensor:
+        for i in range(2):
+            if i:
+                engine.next_micro_batch()
+            output = engine(tokens_BT, docs, targets_BT)
+            engine.backward(output.nll / 4096)
+        engine.step(1e-3)
+        return output.nll.detach()
+
+    losses = [float(step()) for _ in range(4)]  # the first compiles, the second settles the allocator
+    assert losses[-1] < losses[0]
+    return host_waits(step)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recomputed", [False, True], ids=["plain", "recomputed"])
+@pytest.mark.parametrize("capacity", [None, 0.75], ids=["exact", "capacity"])
+def test_the_host_waits_once_a_layer_or_never(capacity: float | None, recomputed: bool) -> None:
+    """3 layers of 2 modules, planned once in each forward pass, the recomputed ones too."""
+    (waits,) = run_on_ranks(waits_of_a_step, 1, capacity, recomputed)
+    passes = 2 * (2 if recomputed else 1)
+    assert waits == ([] if capacity else ["cudaEventSynchronize"] * (3 * 2 * passes))

@@ -1,4 +1,4 @@
-"""A fixed number of rows: the model of exact mode, whatever lies in unused rows, and a host that waits for nothing."""
+"""A fixed number of rows: the model of exact mode, whatever lies in unused rows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,14 +6,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch import Tensor
 
 from megaboat.kernels import room
 from megaboat.layers.configurator import Configurator, Routing
 from megaboat.layers.documents import Documents
-from megaboat.model.build import build_model
-from megaboat.model.config import SeqBoatConfig
 from megaboat.model.seqboat import SeqBoat
 from tests.kernels.checks import DEVICES, error
 from tests.model.building import STYLES, pack, read, small_model, text_rows
@@ -146,85 +143,3 @@ def test_only_training_is_limited() -> None:
     assert torch.equal(read(model.eval(), text_BT, DOCS).hidden_BTD, exact)
     assert torch.equal(read(model.train(), text_BT, DOCS, model.new_state(2)).hidden_BTD, exact)
     assert not torch.equal(read(model.train(), text_BT, DOCS).hidden_BTD, exact)
-
-
-class OnGpu:
-    """A training step as the engine makes it, in bf16 with fp32 parameters, on a GPU."""
-
-    def __init__(self, capacity: float | None, recomputed: bool) -> None:
-        config = SeqBoatConfig(vocab_size=256, layers=3, width=256, qk_dim=64, window=64, modules=2)
-        with torch.device("cuda"):
-            self.model = build_model(config, 0).train()
-            text_BT = torch.randint(256, (4, 513))
-            self.docs = Documents.whole(4, 512, "cuda")
-        assert isinstance(self.model, SeqBoat)
-        self.model.capacity, self.model.checkpoint_activations = capacity, recomputed
-        self.tokens_BT, self.targets_BT = text_BT[:, :-1], text_BT[:, 1:].contiguous()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-
-    def step(self) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
-            nll = self.model(self.tokens_BT, self.docs, self.targets_BT).nll
-        nll.backward()
-        gradients = [parameter.grad for parameter in self.model.parameters()]
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, nn.utils.get_total_norm(gradients))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return nll.detach()
-
-
-def host_waits(function: Callable[[], Any]) -> list[str]:
-    """The calls of CUDA's runtime in which the host waited; torch refuses every wait that it is not asked for."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watch:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with record_function("watched"):
-                function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-    events = watch.events()
-    (during,) = [event.time_range for event in events if event.name == "watched" and "CPU" in str(event.device_type)]
-    inside = [event for event in events if during.start <= event.time_range.start <= during.end]
-    assert any(event.name == "cudaLaunchKernel" for event in inside), "the profiler sees the runtime's calls"
-    return [event.name for event in inside if event.name.startswith("cuda") and "Synchronize" in event.name]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("recomputed", [False, True], ids=["plain", "recomputed"])
-def test_host_waits_once_a_layer_and_with_fixed_rows_never(recomputed: bool) -> None:
-    for capacity in (None, 0.75):
-        on_gpu = OnGpu(capacity, recomputed)
-        losses = [float(on_gpu.step()) for _ in range(3)]  # the first compiles kernels
-        assert losses[2] < losses[0]
-        config = on_gpu.model.config
-        plans = config.layers * config.modules * (2 if recomputed else 1)
-        assert host_waits(on_gpu.step) == ([] if capacity else ["cudaEventSynchronize"] * plans)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("recomputed", [False, True], ids=["plain", "recomputed"])
-def test_a_captured_step_is_the_step(recomputed: bool) -> None:
-    """Forward and backward in a CUDA graph: the same gradients, also with other tokens and decisions."""
-    on_gpu = OnGpu(0.75, recomputed)
-    model, static_BT = on_gpu.model, on_gpu.tokens_BT.clone()
-    parameters = list(model.parameters())
-
-    def gradients(tokens_BT: Tensor) -> list[Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            nll = model(tokens_BT, on_gpu.docs, on_gpu.targets_BT).nll
-        return list(torch.autograd.grad(nll, parameters))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        gradients(static_BT)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients(static_BT)
-    for tokens_BT in (on_gpu.tokens_BT, on_gpu.tokens_BT.flip(0)):
-        static_BT.copy_(tokens_BT)
-        graph.replay()
-        torch.testing.assert_close(captured, gradients(tokens_BT), rtol=2e-2, atol=2e-2)

@@ -11,7 +11,8 @@ from megaboat.errors import BadInput, MegaboatError
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.tools import bench_train
-from megaboat.tools.bench_train import Row, Sizes, _decisions, check, compare, line
+from megaboat.tools.bench_forced import _decisions
+from megaboat.tools.bench_train import Row, Sizes, check, compare, line
 from tests.distributed import run_on_ranks
 
 TOY = Sizes(
@@ -51,9 +52,27 @@ def test_every_row_is_measured(limit: int) -> None:
     assert [row.micro_batch for row in rows] == [limit] * 4
     assert 0.1 < rows[1].activation < 0.4
     assert rows[3].activation == 1
-    assert all(row.tokens_per_second > 0 and row.mfu is None and not row.recomputed for row in rows)
+    assert all(row.tokens_per_second > 0 and row.mfu is None and row.recomputed == "nothing" for row in rows)
     assert "x Llama" in bench_train.HEADER
     assert line(rows[0], rows).split()[-3] == "1.00"
+
+
+def measured_in_all_modes(ranks: Ranks) -> list[Row]:
+    families = {"seqboat": TOY.families["seqboat"]}
+    return list(compare(dataclasses.replace(TOY, families=families, ratios=(0.25,), modes=bench_train.MODES), ranks))
+
+
+def test_every_mode_has_its_row() -> None:
+    """On a CPU the graph's says why there is none."""
+    rows = run_on_ranks(measured_in_all_modes, 1)[0]
+    assert [(row.pattern, row.mode) for row in rows] == [
+        (pattern, mode) for pattern in TOY.patterns for mode in bench_train.MODES
+    ]
+    for exact, capacity, graph in (rows[:3], rows[3:]):
+        assert capacity.activation == exact.activation, "five rows in a hundred to spare: none is turned away"
+        assert capacity.tokens_per_second > 0
+        assert graph.problem.startswith("not captured: ")
+        assert graph.problem in line(graph, rows)
 
 
 def alive_after_a_row(ranks: Ranks, zero: int) -> int:
@@ -62,8 +81,9 @@ def alive_after_a_row(ranks: Ranks, zero: int) -> int:
     bench_train.build_model = lambda *args: (model := build(*args), seen.append(weakref.ref(model)))[0]
     try:
         sizes = dataclasses.replace(TOY, zero=zero)
-        config = bench_train.step_config(TOY.families["seqboat"], 32, 2, False, sizes)
-        assert len(list(bench_train._rows("seqboat", config, [(0.25, "runs"), (1.0, "random")], 1, ranks))) == 2
+        config = bench_train.step_config(TOY.families["seqboat"], 32, 2, "nothing", sizes)
+        cases = [(0.25, "runs", "exact"), (1.0, "random", "capacity")]
+        assert len(list(bench_train._rows("seqboat", config, cases, 1, ranks))) == 2
     finally:
         bench_train.build_model = build
     bench_train._free()
