@@ -45,7 +45,8 @@ def ema_fwd_state_kernel(
 ):  # fmt: skip
     """carry[b, k] (N, D): the state after chunk k had it started from zero; broken[b, k]: a document begins in it.
 
-    Grid (D / BD, K - 1, B): the last chunk hands its state to no other chunk, so every chunk here is full.
+    Grid (D / BD, K - 1, B): the last chunk hands its state to no other chunk, so every chunk here is full. Tokens
+    before the chunk's last new document, and all of them where the next chunk begins with one, leave no state.
     """
     i_d, i_k, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_d = i_d * BD + tl.arange(0, BD)
@@ -54,16 +55,22 @@ def ema_fwd_state_kernel(
     b_s = fill(0.0, BD, N)
     p_x = x + (i_b.to(tl.int64) * T + i_k * C) * D + o_d
     p_resets = resets + i_b * G + i_k * (C // GROUP)
-    seen = 0
-    b_rows = load_rows(p_x, D, m_d, GROUP)
-    byte_next = reset_byte(p_resets, 0, HAS_RESETS)
-    for t in range(0, C, GROUP):
+    begin = 0
+    if HAS_RESETS:
+        o_g = tl.arange(0, C // GROUP)
+        b_bytes = tl.load(p_resets + o_g).to(tl.int32)
+        if i_d == 0:
+            tl.store(broken + i_b * K + i_k, (tl.max(b_bytes, axis=0) != 0).to(tl.uint8))
+        forgotten = tl.load(p_resets + C // GROUP).to(tl.int32) & 1
+        begin = tl.where(forgotten != 0, C, GROUP * tl.max(tl.where(b_bytes != 0, o_g, 0), axis=0))
+    b_rows = load_rows(p_x + begin * D, D, lanes(o_d, D, begin < C), GROUP)
+    byte_next = reset_byte(p_resets, tl.minimum(begin, C - GROUP) // GROUP, HAS_RESETS)
+    for t in range(begin, C, GROUP):
         # The next group's rows and resets are asked for before this group's arithmetic, which hides their latency.
         byte = byte_next
         byte_next = reset_byte(p_resets, tl.minimum(t + GROUP, C - GROUP) // GROUP, HAS_RESETS)
         b_now = b_rows
         b_rows = load_rows(p_x + (t + GROUP) * D, D, lanes(o_d, D, t + GROUP < C), GROUP)
-        seen = seen | byte
         if byte == 0:
             for j in tl.static_range(GROUP):
                 b_s = advance(b_s, b_q, b_now[j].to(tl.float32), N)
@@ -72,8 +79,6 @@ def ema_fwd_state_kernel(
                 b_s = forget(b_s, (byte >> i) & 1, N)
                 b_s = advance(b_s, b_q, tl.load(p_x + (t + i) * D, mask=m_d).to(tl.float32), N)
     store_rows(carry + (i_b * K + i_k).to(tl.int64) * N * D + o_d, D, b_s, m_d, N)
-    if i_d == 0:
-        tl.store(broken + i_b * K + i_k, (seen != 0).to(tl.uint8))
 
 
 @scan_kernel

@@ -20,7 +20,7 @@ class EmaCase:
 def ema_case(
     B: int, T: int, D: int, N: int, resets: bool = False, state: bool = False, dstate: bool = False
 ) -> EmaCase:
-    """Decays from 1e-6 over 0.5 to 0.9999, resets at the very first and last token and at random."""
+    """Decays from 1e-6 over 0.5 to 0.9999, resets at the very first and last token, a chunk's first, and at random."""
     decay_DN = 1 - 10 ** -(4 * torch.rand(D, N, dtype=torch.float64))
     decay_DN[0, 0] = 1e-6
     inputs = {
@@ -34,7 +34,7 @@ def ema_case(
     first_BT = None
     if resets:
         first_BT = torch.rand(B, T) < 0.02
-        first_BT[0, 0] = first_BT[-1, -1] = True
+        first_BT[0, 0] = first_BT[-1, -1] = first_BT[-1, 128 % T] = True
     cotangents = [torch.randn(B, T, D), torch.randn(B, D, N) if dstate else None]
     return EmaCase(inputs, first_BT, cotangents)
 
