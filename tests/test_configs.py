@@ -16,7 +16,8 @@ from megaboat.errors import BadInput
 CONFIGS = sorted(
     path
     for path in (Path(__file__).parents[1] / "configs").glob("*.yaml")
-    if not path.stem.startswith(("study_", "listops"))  # tests/tools/test_study.py, test_classify.py
+    if not path.stem.startswith("study_")
+    and "\ntask:" not in path.read_text()  # tests/tools/test_study.py, test_classify.py
 )
 
 

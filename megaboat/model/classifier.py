@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megaboat.config import Section
-from megaboat.layers.bidirectional import BidirectionalEMA, BidirectionalGAU
+from megaboat.layers.bidirectional import Bias, BidirectionalEMA, BidirectionalGAU, Weighing
 from megaboat.layers.configurator import Routing
 from megaboat.layers.documents import Documents
-from megaboat.layers.norm import LayerNorm
+from megaboat.layers.sequence_norm import Kind, SequenceNorm, Sinusoid
 from megaboat.layers.sma import SparseModularActivation
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.seqboat import initialize_module
@@ -28,8 +28,18 @@ class ClassifierConfig(Section):
     """Value width E."""
     ema_order: int = pydantic.Field(16, gt=0, le=64)
     """States of the moving average a channel and direction (N)."""
-    window: int = pydantic.Field(128, gt=0)
-    """An active symbol sees itself and this many active symbols on either side."""
+    window: int = pydantic.Field(128, ge=0)
+    """An active symbol sees itself and this many active symbols on either side; 0: all of them (SeqBoat-full)."""
+    attention: Weighing = "softmax"
+    """What makes weights of scores; relu2 is the square of what is positive."""
+    bias: Bias = "simple"
+    """Learned numbers for distances: simple, between symbols of the sequence; local, between active symbols."""
+    norm: Kind = "layer"
+    """Of each block: layer, scale (one number for all channels), batch."""
+    pre_norm: bool = False
+    """Normalise in front of each block and once at the end, instead of behind each block."""
+    sinusoid: bool = False
+    """Add sines and cosines of the position to the embedding."""
     max_length: int = pydantic.Field(2002, gt=1)
     """Symbols of the longest sequence: the table of distances reaches as far."""
     temperature_scale: float = pydantic.Field(0.3, gt=0)
@@ -39,26 +49,32 @@ class ClassifierConfig(Section):
 
 
 class EncoderBlock(nn.Module):
-    """x -> norm( SiLU( linear(h) + sma(h) + x ) ) with h = SiLU(EMA(x)): the encoder form, normalised behind."""
+    """x -> SiLU( linear(h) + sma(h) + x ) with h = SiLU(EMA(x)): the encoder form. The norm is applied to the input of
+    the EMA, or to the whole behind."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
-        width = config.width
+        width, far = config.width, config.max_length - 1
+        self.pre_norm = config.pre_norm
+        self.norm = SequenceNorm(config.norm, width)
         self.ema = BidirectionalEMA(width, config.ema_order)
         self.linear = nn.Linear(width, width)
-        unit = BidirectionalGAU(width, config.qk_dim, config.value_dim, config.window, config.max_length - 1)
+        unit = BidirectionalGAU(
+            width, config.qk_dim, config.value_dim, config.window, far, config.attention, config.bias
+        )
         self.sma = SparseModularActivation(width, [unit])
-        self.norm = LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, docs: Documents, kept_BT: Tensor) -> tuple[Tensor, Routing]:
         """The layer's output and its decisions; padding activates nothing."""
-        h_BTD = self.dropout(self.ema(x_BTD, kept_BT))
+        u_BTD = self.norm(x_BTD, kept_BT) if self.pre_norm else x_BTD
+        h_BTD = self.dropout(self.ema(u_BTD, kept_BT))
         routing = self.sma.route(h_BTD)
         kept_X1 = kept_BT.reshape(-1, 1)
         routing = routing._replace(active_XM=routing.active_XM & kept_X1, confidence_XM=routing.confidence_XM * kept_X1)
         gated_BTD = self.dropout(self.sma(h_BTD, routing, docs))
-        return self.norm(F.silu(self.linear(h_BTD) + gated_BTD + x_BTD)), routing
+        y_BTD = F.silu(self.linear(h_BTD) + gated_BTD + x_BTD)
+        return (y_BTD if self.pre_norm else self.norm(y_BTD, kept_BT)), routing
 
 
 class NumberEmbedding(nn.Module):
@@ -84,7 +100,9 @@ class SeqBoatClassifier(nn.Module):
         self.config, self.parts = config, parts
         width = config.width
         self.embedding = nn.Embedding(symbols, width) if symbols else NumberEmbedding(width)
+        self.sinusoid = Sinusoid(width) if config.sinusoid else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+        self.norm = SequenceNorm(config.norm, width) if config.pre_norm else None
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
         self.hidden = nn.Linear(width if parts == 1 else 4 * width, 2 * width)
         self.out = nn.Linear(2 * width, classes, bias=False)
@@ -96,11 +114,13 @@ class SeqBoatClassifier(nn.Module):
         """
         B, T = values_BT.shape
         docs = Documents.whole(B, T, values_BT.device)
-        x_BTD = self.dropout(self.embedding(values_BT))
+        x_BTD = self.dropout(self.sinusoid(self.embedding(values_BT)))
         routings = []
         for block in self.blocks:
             x_BTD, routing = block(x_BTD, docs, kept_BT)
             routings.append(routing)
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD, kept_BT)
         mean_BD = (x_BTD * kept_BT[..., None]).sum(1) / kept_BT.sum(1, keepdim=True)
         return self.out(F.gelu(self.dropout(self.hidden(self._features(mean_BD))))), routings
 
@@ -117,7 +137,7 @@ def build_classifier(
 ) -> SeqBoatClassifier:
     """On the default device, every parameter drawn from `seed`: as in the language model, the head by Xavier."""
     model = SeqBoatClassifier(config, symbols, classes, parts)
-    shared = ("layers", "width", "qk_dim", "value_dim", "ema_order", "window", "temperature_scale")
+    shared = ("layers", "width", "qk_dim", "value_dim", "ema_order", "temperature_scale")
     like = SeqBoatConfig(block="paper", **{name: getattr(config, name) for name in shared})
     generator = torch.Generator(device=model.out.weight.device).manual_seed(seed)
     for module in model.modules():

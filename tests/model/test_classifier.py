@@ -8,7 +8,8 @@ from torch import Tensor
 from megaboat.kernels import plan_rows
 from megaboat.layers.bidirectional import BidirectionalEMA, BidirectionalGAU
 from megaboat.layers.documents import Documents
-from megaboat.model.classifier import ClassifierConfig, build_classifier
+from megaboat.layers.sequence_norm import SequenceNorm, Sinusoid
+from megaboat.model.classifier import ClassifierConfig, EncoderBlock, build_classifier
 from tests.layers import naive
 
 SMALL = ClassifierConfig(layers=2, width=12, qk_dim=6, value_dim=10, ema_order=3, window=2, max_length=40, dropout=0)
@@ -33,9 +34,12 @@ def test_the_average_from_both_sides_is_its_two_sums() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_attention_sees_w_active_symbols_on_either_side(share: float) -> None:
+@pytest.mark.parametrize("weighing", ["softmax", "relu2"])
+@pytest.mark.parametrize("bias", ["simple", "local"])
+@pytest.mark.parametrize("window", [2, 0])
+def test_attention_sees_w_active_symbols_on_either_side(share: float, weighing: str, bias: str, window: int) -> None:
     """Row by row and key by key, with positions far beyond the table, over documents that begin and end in blocks."""
-    unit = naive.randomize(BidirectionalGAU(5, 4, 6, window=2, max_distance=6), 1)
+    unit = naive.randomize(BidirectionalGAU(5, 4, 6, window, 6, weighing, bias), 1)
     docs = Documents.packed(torch.cat([torch.arange(13), torch.arange(9)])[None], torch.tensor([0, 13, 22]).int())
     active_X = torch.rand(22, generator=torch.Generator().manual_seed(3)) < share
     rows = plan_rows(active_X, docs.cu_seqlens)
@@ -47,10 +51,21 @@ def test_attention_sees_w_active_symbols_on_either_side(share: float) -> None:
     z = naive.silu(h @ w["z.weight"].T + w["z.bias"])
     q, k = (z * w[f"scale_{name}"][0] + w[f"bias_{name}"][0] for name in "qk")
     r, v = (naive.silu(h @ w[f"{name}.weight"].T + w[f"{name}.bias"]) for name in "rv")
+    far = len(w["distance"]) // 2
+    assert far == (2 if bias == "local" and window else 6)
     for i in range(len(h)):
-        keys = [j for j in range(len(h)) if abs(i - j) <= 2 and document[i] == document[j]]
-        scores = [q[i] @ k[j] / 2 + w["distance"][np.clip(position[j] - position[i], -6, 6) + 6] for j in keys]
-        weight = np.exp(scores) / np.exp(scores).sum()
+        own = [j for j in range(len(h)) if document[i] == document[j]]
+        keys = [j for j in own if abs(i - j) <= (window or len(h))]
+        numbers = [
+            w["distance"][np.clip((j - i if bias == "local" else position[j] - position[i]), -far, far) + far]
+            for j in keys
+        ]
+        products = np.array([q[i] @ k[j] for j in keys])
+        if weighing == "softmax":
+            weight = np.exp(products / 2 + numbers)
+            weight /= weight.sum()
+        else:
+            weight = np.maximum(0, products / (2 * window or len(own)) + numbers) ** 2
         o = sum(share * v[j] for share, j in zip(weight, keys, strict=True))
         expected = (o * r[i]) @ w["o.weight"].T + w["o.bias"]
         np.testing.assert_allclose(out_RD[i].detach().numpy(), expected, rtol=1e-9, atol=1e-11)
@@ -58,13 +73,65 @@ def test_attention_sees_w_active_symbols_on_either_side(share: float) -> None:
     assert all(torch.isfinite(p.grad).all() for p in unit.parameters())
 
 
-def test_a_layer_has_the_published_number_of_parameters() -> None:
-    block = build_classifier(ClassifierConfig(layers=1), 16, 10, 0).blocks[0]
-    assert sum(parameter.numel() for parameter in block.parameters()) == 65_366, "65k"
+def test_norms_leave_padding_out() -> None:
+    x_BTD, kept_BT = drawn(3, 5, 4), torch.arange(5) < torch.tensor([5, 2, 4])[:, None]
+    kept_XD = x_BTD[kept_BT].numpy()
+    scale = naive.randomize(SequenceNorm("scale", 4), 0)
+    expected = kept_XD / np.sqrt((kept_XD**2).mean(1, keepdims=True) + 1e-5) * scale.norm.weight.item()
+    np.testing.assert_allclose(scale(x_BTD, kept_BT)[kept_BT].detach().numpy(), expected, rtol=1e-9)
+    batch = naive.randomize(SequenceNorm("batch", 4), 0)
+    gain, shift = (p.detach().numpy() for p in batch.parameters())
+    mean, variance = kept_XD.mean(0), kept_XD.var(0)
+    expected = (kept_XD - mean) / np.sqrt(variance + 1e-5) * gain + shift
+    y_BTD = batch(x_BTD, kept_BT)
+    np.testing.assert_allclose(y_BTD[kept_BT].detach().numpy(), expected, rtol=1e-9)
+    assert not y_BTD[~kept_BT].any()
+    seen = 0.1 * mean, 0.9 + 0.1 * variance * len(kept_XD) / (len(kept_XD) - 1)
+    later_BTD = batch.eval()(x_BTD[1:2], kept_BT[1:2])[0, :2].detach().numpy()
+    expected = (x_BTD[1, :2].numpy() - seen[0]) / np.sqrt(seen[1] + 1e-5) * gain + shift
+    np.testing.assert_allclose(later_BTD, expected, rtol=1e-6)
 
 
-def test_a_row_depends_on_nothing_but_its_symbols() -> None:
-    model = naive.randomize(build_classifier(SMALL, 16, 10, 0), 4, spread=0.3).eval()
+def test_the_sinusoid_is_that_of_its_formula() -> None:
+    layer = Sinusoid(6)
+    assert float(layer.scale) == pytest.approx(6**-0.5)
+    y_TD = layer(torch.zeros(1, 9, 6))[0].detach().numpy() * np.sqrt(6)
+    for t in range(9):
+        for i in range(3):
+            angle = t / 10000 ** (2 * i / 6)
+            assert y_TD[t, i] == pytest.approx(np.sin(angle), abs=1e-6)
+            assert y_TD[t, 3 + i] == pytest.approx(np.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_a_block_is_its_equations(pre_norm: bool) -> None:
+    """1.1, encoder form, with the norm on either side."""
+    config = SMALL.model_copy(update={"pre_norm": pre_norm, "norm": "scale"})
+    block = naive.randomize(EncoderBlock(config), 6)
+    x_TD = drawn(11, 12)
+    y_BTD, routing = block(x_TD[None], Documents.whole(1, 11), torch.ones(1, 11, dtype=torch.bool))
+    norm = lambda x: x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5) * block.norm.norm.weight.item()  # noqa: E731
+    S, w = x_TD.numpy(), naive.weights(block)
+    X = norm(S) if pre_norm else S
+    behind = naive.damped_ema(X[::-1], naive.under("ema.backwards.", w) | {"skip": np.zeros(12)})[::-1]
+    H = naive.silu(naive.damped_ema(X, naive.under("ema.forwards.", w)) + behind)
+    decisions = [naive.decide(h, naive.under("sma.configurator.", w), 0) for h in H]
+    active = [t for t in range(11) if decisions[t][0]]
+    assert routing.active_XM[:, 0].tolist() == [m for m, _ in decisions]
+    rows = plan_rows(routing.active_XM[:, 0], torch.tensor([0, 11]).int())
+    A = block.sma.units[0](torch.from_numpy(H[active]), rows, Documents.whole(1, 11)).detach().numpy()
+    G = np.zeros_like(S)
+    G[active] = A * np.array([decisions[t][1] for t in active])[:, None]
+    out = naive.silu(np.array([naive.linear("linear", w, h) for h in H]) + G + S)
+    np.testing.assert_allclose(y_BTD[0].detach().numpy(), out if pre_norm else norm(out), rtol=1e-8, atol=1e-10)
+
+
+OTHER = {"attention": "relu2", "bias": "local", "norm": "batch", "pre_norm": True, "sinusoid": True}
+
+
+@pytest.mark.parametrize("choices", [{}, OTHER, {"window": 0}])
+def test_a_row_depends_on_nothing_but_its_symbols(choices: dict[str, object]) -> None:
+    model = naive.randomize(build_classifier(SMALL.model_copy(update=choices), 16, 10, 0), 4, spread=0.3).eval()
     symbols_BT = torch.randint(1, 16, (3, 20), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([20, 11, 20])
     kept_BT = torch.arange(20) < lengths[:, None]
@@ -76,8 +143,9 @@ def test_a_row_depends_on_nothing_but_its_symbols() -> None:
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
-    model = naive.randomize(build_classifier(SMALL, 16, 10, 0), 5, spread=0.3).eval()
+@pytest.mark.parametrize("choices", [{}, OTHER, {"window": 0}])
+def test_gradients_are_those_of_finite_differences(choices: dict[str, object]) -> None:
+    model = naive.randomize(build_classifier(SMALL.model_copy(update=choices), 16, 10, 0), 5, spread=0.3).eval()
     symbols_BT = torch.randint(1, 16, (2, 9), generator=torch.Generator().manual_seed(1))
     kept_BT = torch.arange(9) < torch.tensor([6, 9])[:, None]
     logits = lambda: model(symbols_BT, kept_BT)[0].log_softmax(1)[:, 3].sum()  # noqa: E731
@@ -93,3 +161,24 @@ def test_gradients_are_those_of_finite_differences() -> None:
         flat[place] = kept
         slope = (values[0] - values[1]) / (2 * step)
         assert slope == pytest.approx(float(parameter.grad.view(-1)[place]), rel=1e-4, abs=1e-7), name
+
+
+def test_pairs_give_the_head_both_means_their_product_and_difference() -> None:
+    model = naive.randomize(build_classifier(SMALL, 16, 3, 0, parts=2), 7, spread=0.3).eval()
+    symbols_BT = torch.randint(0, 16, (4, 6), generator=torch.Generator().manual_seed(2))
+    kept_BT = torch.ones_like(symbols_BT, dtype=torch.bool)
+    means: list[Tensor] = []
+    model.hidden.register_forward_hook(lambda _module, inputs, _output: means.append(inputs[0]))
+    assert model(symbols_BT, kept_BT)[0].shape == (2, 3)
+    a_BD, b_BD = means[0][:, :12], means[0][:, 12:24]
+    torch.testing.assert_close(means[0][:, 24:], torch.cat([a_BD * b_BD, b_BD - a_BD], 1))
+    model(symbols_BT[[1, 0, 3, 2]], kept_BT)
+    torch.testing.assert_close(means[1][:, :24], torch.cat([b_BD, a_BD], 1))
+
+
+def test_numbers_are_embedded_by_a_line() -> None:
+    model = naive.randomize(build_classifier(SMALL, 0, 3, 0), 8)
+    x_BT = drawn(2, 5)
+    w = naive.weights(model.embedding)
+    expected = x_BT.numpy()[..., None] * w["weight"] + w["bias"]
+    np.testing.assert_allclose(model.embedding(x_BT).detach().numpy(), expected, rtol=1e-12)
