@@ -55,11 +55,15 @@ def count_work_by_part(active_LXM: Tensor, cu_seqlens: Tensor, window: int, part
     return Work(*sums)
 
 
-def unit_flops(config: SeqBoatConfig) -> UnitFlops:
-    """What a SeqBoat stack with its head spends on a token, an active row and a pair."""
+def unit_flops(config: SeqBoatConfig, tensor: int = 1) -> UnitFlops:
+    """What a SeqBoat stack with its head spends on a token, an active row and a pair.
+
+    Over `tensor` ranks that hold the model together: what is whole on each (`parallel.tensor.CUT`) each computes.
+    """
     d, z, e = config.width, config.qk_dim, config.value_dim or 0
-    every_token = 2 * d * d + 2 * d * config.modules + ema_flops(config) + 3 * 2 * d * (config.ffn_dim or 0)
-    active_row = 2 * d * (z + 2 * e) + 2 * e * d
+    whole = 2 * d * d + 2 * d * config.modules + ema_flops(config)
+    every_token = tensor * whole + 3 * 2 * d * (config.ffn_dim or 0)
+    active_row = 2 * d * (tensor * z + 2 * e) + 2 * e * d
     pair = 2 * z * (config.heads or 1) + 2 * e
     return UnitFlops(config.layers * every_token + head_flops(config, 1), active_row, pair)
 
@@ -69,9 +73,9 @@ def ema_flops(config: SeqBoatConfig) -> int:
     return config.width * (4 * config.ema_order + 2)
 
 
-def forward_flops(config: SeqBoatConfig, tokens: int, work: Work) -> float:
-    """Of a SeqBoat stack with its head, for `tokens` tokens of which the work was measured."""
-    token, row, pair = unit_flops(config)
+def forward_flops(config: SeqBoatConfig, tokens: int, work: Work, tensor: int = 1) -> float:
+    """Of a SeqBoat stack with its head, for `tokens` tokens, their work measured; `tensor` as in `unit_flops`."""
+    token, row, pair = unit_flops(config, tensor)
     return token * tokens + row * float(work.rows_LM.sum()) + pair * float(work.pairs_LM.sum())
 
 
@@ -91,8 +95,10 @@ def training_flops(
     activation: float,
     recomputes: bool = False,
     to_the_end: bool = False,
+    tensor: int = 1,
 ) -> float:
     """Of one step on rows of `length`, each one document; with `recomputes` what is executed, not what is useful.
+    `tensor` as in `unit_flops`, for SeqBoat alone.
 
     to_the_end: recomputation does a block's last product too, as under ZeRO-3, whose hooks hang on every module's
     result, and in bf16 on GPUs, where a function of our own keeps its inputs when it is done (`kernels.linear`).
@@ -100,7 +106,7 @@ def training_flops(
     if isinstance(config, LlamaConfig):
         forward, last = llama_flops(config, tokens, length), config.hidden
     else:
-        forward = forward_flops(config, tokens, planned_work(config, tokens, length, activation))
+        forward = forward_flops(config, tokens, planned_work(config, tokens, length, activation), tensor)
         last = config.ffn_dim or 0
     if not recomputes:
         return 3 * forward

@@ -31,8 +31,6 @@ class Parameters:
 
     linear: int
     other: int
-    whole: int
-    """Of all ranks that hold the model together, what is on several of them counted once."""
 
     @property
     def total(self) -> int:
@@ -59,21 +57,20 @@ def count_parameters(config: SeqBoatConfig | LlamaConfig, cut: Cut | None = None
     """Of the model itself, built without memory; with `cut` those of one of `tensor` ranks that hold it together."""
     with torch.device("meta"):
         model = SeqBoat(config) if isinstance(config, SeqBoatConfig) else Llama(config)
-    linear, other, whole, seen = 0, 0, 0, set()
+    linear, other, seen = 0, 0, set()
     for module in model.modules():
         parts = (cut or {}).get(type(module), {})
         for name, parameter in module.named_parameters():
             if parameter in seen or ("." in name and name not in parts):
                 continue
             seen.add(parameter)
-            whole += parameter.numel()
             size = parameter.numel() // (tensor if name in parts else 1)
             holder = module.get_submodule(name.rpartition(".")[0])
             if type(holder) in (nn.Linear, Linear):
                 linear += size
             else:
                 other += size
-    return Parameters(linear, other, whole)
+    return Parameters(linear, other)
 
 
 def layer_bytes(config: SeqBoatConfig, s: int, tensor: int = 1, elementwise: bool = False) -> tuple[float, float]:

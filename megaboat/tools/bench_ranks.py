@@ -23,6 +23,8 @@ from megaboat.engine.ranks import this_process
 from megaboat.errors import MegaboatError
 
 AFTERMATH = 10.0  # seconds that other ranks have to say what befell them too, once one has failed
+# How torch, CUDA, cuBLAS and NCCL say that a device is full.
+NO_ROOM = ("out of memory", "OutOfMemoryError", "ALLOC_FAILED", "cudaErrorMemoryAllocation")
 
 
 class Failed(MegaboatError):
@@ -93,7 +95,7 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
                 failures.append(f"rank {rank}: {error}")
                 deadline = min(deadline, time.monotonic() + AFTERMATH)
     if failures:
-        full = [failure for failure in failures if "out of memory" in failure.lower()]
+        full = [failure for failure in failures if any(sign in failure for sign in NO_ROOM)]
         raise NoRoom(full[0].strip().splitlines()[-1]) if full else Failed(failures[0])
     if len(results) < len(pipes):
         raise Failed(f"{len(pipes) - len(results)} of {len(pipes)} ranks gave no result within {timeout:g} s")

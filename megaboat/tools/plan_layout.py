@@ -115,8 +115,9 @@ def step_seconds(
     """(computing, waiting for communication) of a step at best: no gaps between kernels, no slow disk."""
     tokens = config.train.global_batch * config.data.seq_len
     to_the_end = layout.zero == 3 or config.train.precision == "bf16"
-    flops = training_flops(config.model, tokens, config.data.seq_len, activation, layout.checkpointing, to_the_end)
-    flops *= parameters.total / parameters.whole / layout.copies  # what tensor ranks hold alike, they compute alike
+    length, tensor = config.data.seq_len, layout.tensor
+    flops = training_flops(config.model, tokens, length, activation, layout.checkpointing, to_the_end, tensor)
+    flops /= layout.gpus
     kept = (
         _kept(config, layout, config.train.capacity or activation)
         * tokens
