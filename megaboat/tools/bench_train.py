@@ -7,7 +7,8 @@ gives again, then all; the table says so. Every row is measured, none is extrapo
 fp64 on the same device; if it is wrong nothing is timed.
 
 Modes: exact waits once a layer for the number of active rows; capacity has a fixed number, 5 % above the busiest
-layer's, and waits for nothing; graph is capacity with forward and backward as one CUDA graph.
+layer's, and waits for nothing; full has rows for every token, active or not; graph is capacity with forward and backward
+as one CUDA graph.
 
 examples:
   megaboat bench train --lengths 8192,32768 --json train.json
@@ -41,7 +42,7 @@ from megaboat.tools.bench_forced import forced
 from megaboat.tools.bench_graph import Captured
 
 WARM_UP = 3  # the first compiles, the next two settle the allocator
-MODES = ("exact", "capacity", "graph")
+MODES = ("exact", "capacity", "full", "graph")
 SPARE = 1.05  # rows of a layer over those of the busiest one
 
 RECOMPUTED = ("nothing", "elementwise", "all")
@@ -254,7 +255,8 @@ def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int
     what = (name, length, ratio, pattern, mode, micro_batch, _recomputed(config))
     with forced(engine.module, micro_batch * length, ratio, pattern, ranks.device) as busiest:
         if isinstance(engine.module, SeqBoat):
-            engine.module.capacity = None if mode == "exact" else min(1.0, SPARE * busiest)
+            share = 1.0 if mode == "full" else min(1.0, SPARE * busiest)
+            engine.module.capacity = None if mode == "exact" else share
         step: Step = train_step
         if mode == "graph":
             try:

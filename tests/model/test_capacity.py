@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaboat import kernels
 from megaboat.kernels import room
+from megaboat.kernels.linear import mixed_linear
 from megaboat.layers.configurator import Configurator, Routing
 from megaboat.layers.documents import Documents
 from megaboat.model.seqboat import SeqBoat
@@ -26,13 +28,13 @@ class Result(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def train(model: SeqBoat, capacity: float | None, recomputed: bool = False) -> Result:
-    """Forward and backward in training; in bf16 on a GPU."""
+def train(model: SeqBoat, capacity: float | None, recomputed: bool = False, bf16: bool = False) -> Result:
+    """Forward and backward in training; always in bf16 on a GPU."""
     model.capacity, model.checkpoint_activations = capacity, recomputed
     model.train().zero_grad()
     device = model.embedding.weight.device
     text_BT, docs = text_rows(2, 64).to(device), Documents(*(x.to(device) for x in DOCS))
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16 or device.type == "cuda"):
         out = model(text_BT[:, :-1], docs, text_BT[:, 1:])
     out.nll.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -116,21 +118,47 @@ def test_recomputation_finds_the_same_rows(style: dict, capacity: float) -> None
         assert torch.equal(gradient, plain.gradients[name]), name
 
 
+@contextmanager
+def poisoned(device: str) -> Iterator[None]:
+    """torch fills what it allocates with NaN where algorithms should be deterministic."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3, device=device).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@EACH_STYLE
+def test_products_of_the_used_rows_alone(style: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs do in bf16: rows beyond the used ones are not multiplied, and nothing is read there."""
+    model = small_model(**style)
+    exact = train(model, None, bf16=True)
+    counts = []
+
+    def of_some_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, used: Tensor | None = None) -> Tensor:
+        counts.append(used)
+        return mixed_linear(x, weight, bias, used)
+
+    monkeypatch.setattr(kernels, "linear", of_some_rows)
+    with poisoned("cpu"):
+        limited = train(model, 0.8, bf16=True)
+    modules = model.config.layers * model.config.modules
+    assert sum(used is not None for used in counts) == 4 * modules, "z, v, r and o of each unit"
+    for name, gradient in {"nll": limited.nll, **limited.gradients}.items():
+        assert error(gradient, {"nll": exact.nll, **exact.gradients}[name]) < 3e-2, name
+
+
 @EACH_STYLE
 @pytest.mark.parametrize("capacity", [0.3, 0.8])
 @pytest.mark.parametrize("device", DEVICES)
 def test_nothing_of_unwritten_memory_is_read(style: dict, capacity: float, device: str) -> None:
-    """torch fills what it allocates with NaN where algorithms should be deterministic."""
     model = small_model(**style).to(device)
     plain = train(model, capacity)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.empty(3, device=device).isnan().all()
-        poisoned = train(model, capacity)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with poisoned(device):
+        again = train(model, capacity)
     allowed = 1e-6 if device == "cpu" else 3e-2
-    for name, gradient in {"nll": poisoned.nll, **poisoned.gradients}.items():
+    for name, gradient in {"nll": again.nll, **again.gradients}.items():
         truth = {"nll": plain.nll, **plain.gradients}[name]
         assert error(gradient, truth) < allowed, name
 
