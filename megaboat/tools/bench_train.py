@@ -7,8 +7,8 @@ gives again, then all; the table says so. Every row is measured, none is extrapo
 fp64 on the same device; if it is wrong nothing is timed.
 
 Modes: exact waits once a layer for the number of active rows; capacity has a fixed number, 5 % above the busiest
-layer's, and waits for nothing; full has rows for every token, active or not; graph is capacity with forward and backward
-as one CUDA graph.
+layer's, and waits for nothing; full has rows for every token, active or not; graph is capacity with forward and
+backward as one CUDA graph.
 
 examples:
   megaboat bench train --lengths 8192,32768 --json train.json
