@@ -2,6 +2,7 @@
 
 from megaboat.kernels.attention import windowed_attention
 from megaboat.kernels.coefficients import damped_coefficients
+from megaboat.kernels.confidence import confidences
 from megaboat.kernels.ema import ema
 from megaboat.kernels.fan import SideGradients, fan_out, side_gradients
 from megaboat.kernels.gate import silu, silu_gate
@@ -22,6 +23,7 @@ __all__ = [
     "begin_plan",
     "branch_norm",
     "compress",
+    "confidences",
     "damped_coefficients",
     "ema",
     "extract",

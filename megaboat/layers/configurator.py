@@ -80,19 +80,19 @@ class Configurator(nn.Module):
         """
         with torch.autocast(h_XD.device.type, enabled=False):
             margin_XM = self.logits(h_XD, self.center_D, side)
-            temperature_M = self.log_temperature.exp()
+            log_temperature_M: Tensor = self.log_temperature
             if self.arm == "gumbel" and self.training:
                 margin_XM = margin_XM + logistic_noise(margin_XM)
-                temperature_M = torch.full_like(temperature_M, gumbel_temperature(self.progress))
+                log_temperature_M = torch.full_like(log_temperature_M, math.log(gumbel_temperature(self.progress)))
             if self.arm == "never":
                 margin_XM = -margin_XM.abs()  # or figures would call its tokens turned away by a capacity
             if active_XM is None:
                 active_XM = self._decide(margin_XM.detach())
                 active_XM = active_XM if self.agree is None else self.agree(active_XM)
-            confidence_XM = torch.sigmoid(margin_XM / temperature_M) * active_XM
+            confidence_XM = kernels.confidences(margin_XM, log_temperature_M, active_XM)
             if self.arm == "always" or (self.arm == "gumbel" and not self.training):
                 confidence_XM = active_XM + 0 * confidence_XM  # the logits stay in the graph: ranks must agree on it
-        return Routing(active_XM, confidence_XM, margin_XM, temperature_M.detach())
+        return Routing(active_XM, confidence_XM, margin_XM, log_temperature_M.detach().exp())
 
     def _decide(self, margin_XM: Tensor) -> Tensor:
         if self.arm == "always":

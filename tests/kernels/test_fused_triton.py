@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megaboat.kernels import rows as rows_module
 from megaboat.kernels.coefficients import damped_coefficients
+from megaboat.kernels.confidence import confidences
 from megaboat.kernels.fan import SideGradients
 from megaboat.kernels.join import join_rows
 from megaboat.kernels.linear import mixed_linear
@@ -20,6 +21,7 @@ from tests.kernels.test_ema_triton import DEVICES
 gate_triton = pytest.importorskip("megaboat.kernels.gate_triton", reason="triton is not installed")
 from megaboat.kernels import (  # noqa: E402
     coefficients_triton,
+    confidence_triton,
     fan_triton,
     gather_triton,
     join_triton,
@@ -242,6 +244,21 @@ def test_damped_coefficients(shape: tuple[int, int], device: str) -> None:
 
     fused = both(coefficients_triton.damped_coefficients_triton)
     check(fused, both(damped_coefficients), inputs, torch.float32, device, frozenset())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("X", "M"), [(1, 1), (3000, 1), (1500, 3), (0, 2)])
+def test_confidences(X: int, M: int, device: str) -> None:
+    active_XM = torch.rand(X, M) < 0.4
+    inputs = {"margin_XM": 3 * random(X, M), "log_temperature_M": random(M)}
+
+    def fused(margin_XM: Tensor, log_temperature_M: Tensor) -> Tensor:
+        return confidence_triton.confidences_triton(margin_XM, log_temperature_M, active_XM.to(device))
+
+    def plain(margin_XM: Tensor, log_temperature_M: Tensor) -> Tensor:
+        return confidences(margin_XM, log_temperature_M, active_XM)
+
+    check(fused, plain, inputs, torch.float32, device, frozenset())
 
 
 @pytest.mark.parametrize("device", DEVICES)
