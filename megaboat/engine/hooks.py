@@ -156,7 +156,8 @@ class TensorBoard(Hook):
 
     def on_evaluation(self, step: int, result: Metrics) -> None:
         for name, domain in {**result["domains"], "overall": result["overall"]}.items():
-            self._writer.add_scalar(f"bits_per_byte/{name}", domain["bits_per_byte"], step)
+            what = "bits_per_byte" if result["split"] == "val" else f"{result['split']}_bits_per_byte"
+            self._writer.add_scalar(f"{what}/{name}", domain["bits_per_byte"], step)
         try:
             figures = self._pictures() if self._pictures else {}
         except Exception as error:  # no picture is worth a run
@@ -217,8 +218,8 @@ def _shown(metrics: Metrics) -> dict[str, str]:
 
 
 def _held_out(step: int, result: Metrics) -> str:
-    overall = result["overall"]
-    return f"step {step}: held out {overall['bits_per_byte']:.4f} bits per byte, nll {overall['nll']:.4f}"
+    overall, which = result["overall"], "held out" if result["split"] == "val" else f"{result['split']} split"
+    return f"step {step}: {which} {overall['bits_per_byte']:.4f} bits per byte, nll {overall['nll']:.4f}"
 
 
 def _thousands(value: float) -> str:

@@ -43,7 +43,7 @@ class TrainConfig(Section):
     eval_every: int = pydantic.Field(200, ge=0)
     """Steps between evaluations; 0: only at the end."""
     eval_tokens: int = pydantic.Field(65536, gt=0)
-    """Tokens of each source in an evaluation during training; the last one reads everything."""
+    """Tokens of each source in an evaluation during training; the last reads everything, and a `test` split too."""
     save_every: int = pydantic.Field(200, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     keep: int = pydantic.Field(2, gt=0)

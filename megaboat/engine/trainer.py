@@ -100,7 +100,7 @@ class Trainer:
             self.try_to_save(settle=True)
         else:
             self.try_to_save()  # `fit` waits for it, and raises what befalls it
-            received = self.evaluate(None, stop)
+            received = self.evaluate(None, stop) or self.evaluate(None, stop, "test")
         return ("requeue", f"stopped by {received}") if received else ("done", f"{self.step} steps")
 
     def _lacks_evaluation(self) -> bool:
@@ -168,12 +168,12 @@ class Trainer:
                 self.engine.next_micro_batch()
         return sums
 
-    def evaluate(self, max_tokens: int | None, stop: StopRequest) -> str | None:
-        """Hand held-out figures of the present model to the hooks, if the dataset has held-out text.
+    def evaluate(self, max_tokens: int | None, stop: StopRequest, split: str = "val") -> str | None:
+        """Hand figures of the present model on a split to the hooks, if the dataset has it.
 
         Returns the name of a signal that some rank received: the evaluation was left then, without figures.
         """
-        if not self.dataset.splits.get("val"):
+        if not self.dataset.splits.get(split):
             return None
         self.engine.train(False)
         rows = self.config.train.micro_batch
@@ -187,9 +187,8 @@ class Trainer:
                 raise Stopped(received)
 
         try:
-            result = evaluate(
-                self.engine, self.config.data, self.dataset, self.ranks, rows, max_tokens, at_batch=leave_if_asked
-            )
+            where = self.config.data, self.dataset, self.ranks
+            result = evaluate(self.engine, *where, rows, max_tokens, split, at_batch=leave_if_asked)
         except Stopped as stopped:
             return str(stopped)
         for hook in self.hooks:

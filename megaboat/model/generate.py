@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from megaboat.layers.documents import Documents
 from megaboat.model.build import LanguageModel
@@ -122,7 +121,9 @@ class LlamaReader:
     """Reads through a cache of all keys and values, which grows: the dense baseline has no other memory."""
 
     def __init__(self, model: Llama) -> None:
-        self.model = model
+        from transformers import DynamicCache  # here, since it takes longer to import than torch itself
+
+        self.model, self._new_cache = model, DynamicCache
         model.body.set_attn_implementation("sdpa")  # training's attention takes packed rows and no cache
 
     @torch.no_grad()
@@ -131,7 +132,7 @@ class LlamaReader:
         place_T = torch.arange(tokens_BT.shape[1], device=pads_B.device)
         self.mask_BT = (place_T >= pads_B[:, None]).long()
         self.position_B1 = tokens_BT.shape[1] - pads_B[:, None]
-        self.cache = DynamicCache()
+        self.cache = self._new_cache()
         return self._read(tokens_BT, (place_T - pads_B[:, None]).clamp_min(0))
 
     @torch.no_grad()

@@ -4,12 +4,10 @@ Its attention goes through the same door to flash attention as SeqBoat's, over p
 transformers masks packed rows by a matrix of T x T: correct, several times slower, and no fair peer.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaModel
-from transformers import LlamaConfig as HFLlamaConfig
 
 from megaboat import kernels
 from megaboat.layers.documents import Documents
@@ -17,10 +15,12 @@ from megaboat.layers.precision import to_compute_dtype
 from megaboat.model.config import LlamaConfig
 from megaboat.model.seqboat import Head, ModelOutput
 
+if TYPE_CHECKING:
+    from transformers import LlamaModel
+
 PACKED = "megaboat_packed"
 
 
-@torch.compiler.disable
 def _packed_attention(
     module: nn.Module,
     q_BHTd: Tensor,
@@ -42,8 +42,26 @@ def _packed_attention(
     return o_XE.view(B, T, H, d), None
 
 
-AttentionInterface.register(PACKED, _packed_attention)
-AttentionMaskInterface.register(PACKED, lambda *_, **__: None)
+def _body(config: LlamaConfig) -> "LlamaModel":
+    """Hugging Face's layers. Importing them takes longer than torch itself, and no other family needs them."""
+    from transformers import AttentionInterface, AttentionMaskInterface, LlamaModel
+    from transformers import LlamaConfig as HFLlamaConfig
+
+    AttentionInterface.register(PACKED, torch.compiler.disable(_packed_attention))
+    AttentionMaskInterface.register(PACKED, lambda *_, **__: None)
+    return LlamaModel(
+        HFLlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads or config.heads,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            max_position_embeddings=1 << 20,
+            use_cache=False,
+        )
+    )
 
 
 class Llama(nn.Module):
@@ -53,19 +71,7 @@ class Llama(nn.Module):
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary is known once the token shards are open"
         self.config = config
-        self.body = LlamaModel(
-            HFLlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.width,
-                intermediate_size=config.hidden,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.kv_heads or config.heads,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-                max_position_embeddings=1 << 20,
-                use_cache=False,
-            )
-        )
+        self.body = _body(config)
         self.head = Head(self.body.embed_tokens.weight)
 
     @property

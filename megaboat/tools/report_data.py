@@ -59,12 +59,13 @@ class Run:
 
     folder: Path
     metrics: Metrics
-    evaluations: list[Evaluation]
+    evaluations: list[Evaluation]  # of text that may have chosen something, in order of step
     baselines: dict[str, dict[str, float]]  # of BASELINES those that there are: domain or "overall" -> bits per byte
     config: dict[str, Any]
     outcome: dict[str, Any]
     details: Details = field(default_factory=Details)
     notes: list[str] = field(default_factory=list)  # what was missing or damaged, in sentences
+    test: Evaluation | None = None  # of the text that chose nothing
 
     @property
     def name(self) -> str:
@@ -98,10 +99,12 @@ def read_run(folder: Path) -> Run:
         notes.append(
             f"{missing:,} of the steps up to {metrics.step[-1]:,} are not in metrics.jsonl; pictures have gaps."
         )
+    found = build_evaluations(_read_lines(folder / "evaluation.jsonl", notes))
     return Run(
         folder=folder,
         metrics=metrics,
-        evaluations=build_evaluations(_read_lines(folder / "evaluation.jsonl", notes)),
+        evaluations=[evaluation for evaluation in found if evaluation.split != "test"],
+        test=next((evaluation for evaluation in reversed(found) if evaluation.split == "test"), None),
         baselines=_baselines(_read_object(folder / "baselines.json", notes)),
         config=_read_object(folder / "config.yaml", notes),
         outcome=_read_object(folder / "outcome.json", notes),

@@ -37,6 +37,11 @@ class Result:
         return last.overall.bits_per_byte if last else math.nan
 
     @property
+    def test_bits(self) -> float:
+        """Bits per byte on text that chose nothing; NaN where there is none."""
+        return self.run.test.overall.bits_per_byte if self.run.test else math.nan
+
+    @property
     def activation_by_layer(self) -> np.ndarray:
         """On held-out text, by layer; empty for a dense model."""
         last = self.run.last_evaluation
@@ -99,6 +104,14 @@ class Result:
             return math.nan
         step = settled_step(metrics.step, np.nanmean(metrics.activation_SL, axis=1))
         return step / self.cell.config.train.steps if step is not None else math.nan
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """(S,): of training, at the end of each step. One of more than twice the median (compiling, saving) counts as
+        the median, and evaluations are left out."""
+        time_S = self.run.metrics["step_time"]
+        usual = np.nanmedian(time_S)
+        return np.cumsum(np.where(time_S <= 2 * usual, time_S, usual))
 
     @property
     def speed(self) -> float:
@@ -225,6 +238,7 @@ def write_cells(findings: Findings, file: Path) -> None:
         "learning_rate": lambda r: r.cell.config.optim.lr,
         "tokens": lambda r: r.cell.tokens,
         "bits_per_byte": lambda r: r.bits,
+        "test_bits_per_byte": lambda r: r.test_bits,
         "activation": lambda r: r.activation,
         "flops_per_token": lambda r: r.flops_a_token,
         "flops": lambda r: r.flops,

@@ -1,17 +1,19 @@
 """The report of a study: pictures, tables, fitted laws and what they do not show, as one offline page and CSV."""
 
+import itertools
 import math
 from html import escape
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from megaboat.errors import BadInput
 from megaboat.tools.report_page import figure_html, png, section, table_html, write_html
-from megaboat.tools.report_style import DARK, LIGHT
+from megaboat.tools.report_style import DARK, LIGHT, Theme
 from megaboat.tools.report_words import percent
 from megaboat.tools.study_data import RANKS, WINDOWS_A_MEETING, Findings, Group, is_sparse, read_findings, write_cells
-from megaboat.tools.study_figures import study_figures
+from megaboat.tools.study_figures import colors, study_figures
 from megaboat.tools.study_fit import (
     CONSTANT,
     LOG_LINE,
@@ -25,6 +27,8 @@ from megaboat.tools.study_fit import (
     fit_layers,
 )
 from megaboat.tools.study_plan import Plan
+from megaboat.tools.study_time import CAPTION as TIME_CAPTION
+from megaboat.tools.study_time import has_curves, time_figure, time_lines, time_table
 
 PAGE, TABLE = "index.html", "cells.csv"
 CAPTIONS = {
@@ -43,6 +47,7 @@ CAPTIONS = {
     "What stands out from the card is active.",
     "rates": "Each line is a group, the large point the learning rate that was taken for it. A large point at the end "
     "of its line means that the grid was too small. Below: how much of the activation is the rate's doing.",
+    "time": TIME_CAPTION,
     "span": "Above: how far back the oldest token lies that an active token attends to. Points above the dashed line "
     "are what sparsity buys: the same number of keys reaches further. The lower panel shows the same by depth.",
     "dead": "The share of layers in which fewer than one token in 200 runs attention. They save work and learn nothing "
@@ -61,15 +66,16 @@ LIMITS = (
     "schedule is not in them.",
     "A fitted law holds between the sizes that were run. The error at the size left out is the only evidence here of "
     "how far it may be drawn out.",
-    "The held-out text chose the learning rate too, so bits per byte are a little too good for all groups alike.",
 )
+CHOSE = "The held-out text chose the learning rate too, so its bits per byte are a little too good for all groups alike"
+TESTED = f"{CHOSE}; the text of the column `on test text` chose nothing."
 
 
 def write_study_report(plan: Plan, folder: Path) -> list[str]:
     """Page, pictures and CSV into `folder`; lines for the terminal. Raises BadInput where no cell is done."""
     findings = read_findings(plan)
     laws, layers = fit_all(findings)
-    light, dark = (study_figures(findings, laws, theme) for theme in (LIGHT, DARK))
+    light, dark = (_figures(findings, laws, theme) for theme in (LIGHT, DARK))
     images = {name: figure_html(name, light[name], dark[name], _told(findings, name), CAPTIONS[name]) for name in light}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +99,13 @@ def write_study_report(plan: Plan, folder: Path) -> list[str]:
     return [*warnings, *_lines(findings, laws), f"report: {folder / PAGE}, figures: {folder / TABLE}"]
 
 
+def _figures(findings: Findings, laws: dict[str, list[Fitted]], theme: Theme) -> dict[str, Figure]:
+    figures = study_figures(findings, laws, theme)
+    if has_curves(findings):
+        figures["time"] = time_figure(findings, colors(findings, theme), theme)
+    return figures
+
+
 def fit_all(findings: Findings) -> tuple[dict[str, list[Fitted]], list[LayerFit]]:
     """Laws of loss and activation against size, and of activation by layer; nothing where sizes are not compared."""
     groups = [group for group in findings.groups if is_sparse(group)]
@@ -114,9 +127,11 @@ def fit_all(findings: Findings) -> tuple[dict[str, list[Fitted]], list[LayerFit]
 def _sections(
     findings: Findings, laws: dict[str, list[Fitted]], layers: list[LayerFit], images: dict[str, str]
 ) -> list[str]:
-    notes = "".join(f"<li>{escape(note)}</li>" for note in [*_notes(findings), *LIMITS])
+    chose = TESTED if _is_tested(findings) else f"{CHOSE}."
+    notes = "".join(f"<li>{escape(note)}</li>" for note in [*_notes(findings), *LIMITS, chose])
     laid = {
         "What was found": [_table(findings), *_pictures(images, "quality", "flops", "rates")],
+        "How fast it was found": [*_pictures(images, "time"), time_table(findings)] if "time" in images else [],
         "Where attention ran": _pictures(images, "activation", "depth", "domains", "steps", "layers"),
         "What follows from it": _pictures(images, "span", "dead", "balance"),
         "Fitted laws": [_laws_table(laws), _layer_table(layers)] if laws else [],
@@ -140,15 +155,23 @@ def _notes(findings: Findings) -> list[str]:
 
 
 def _table(findings: Findings) -> str:
-    head = ["", "runs", "learning rate", "bits per byte", "active", "bottom / middle / top third", "domains, sd"]
+    tested = ["on test text"] if _is_tested(findings) else []
+    head = ["", "runs", "learning rate", "bits per byte", *tested]
+    head += ["active", "bottom / middle / top third", "domains, sd"]
     head += ["dead layers", "span", "settled after", "CV", "GFLOP a token", "PFLOP a run"]
     head += [f"slow-down at {ranks:,}" for ranks in RANKS]
     what = "Means over the seeds of each group, with 95 % intervals by Student's t; of training, the last fifth."
-    return table_html("Results", "Results", what, head, list(map(_row, findings.groups)))
+    return table_html("Results", "Results", what, head, [_row(group, bool(tested)) for group in findings.groups])
 
 
-def _row(group: Group) -> str:
+def _is_tested(findings: Findings) -> bool:
+    results = itertools.chain.from_iterable(group.results for group in findings.groups)
+    return any(math.isfinite(result.test_bits) for result in results)
+
+
+def _row(group: Group, tested: bool) -> str:
     cells = [str(len(group.results)), f"{group.rate:g}", _interval(group.mean(lambda r: r.bits), "{:.3f}")]
+    cells += [_interval(group.mean(lambda r: r.test_bits), "{:.3f}")] if tested else []
     if is_sparse(group):
         spread = group.mean(lambda r: float(np.std(list(r.domains.values()))))
         cells += [
@@ -239,17 +262,23 @@ def _tiles(findings: Findings, laws: dict[str, list[Fitted]]) -> list[tuple[str,
 def _lines(findings: Findings, laws: dict[str, list[Fitted]]) -> list[str]:
     """The table for a terminal."""
     width = max(len(group.name) for group in findings.groups)
-    lines = [f"{'':<{width}}  runs      lr    bits per byte           active   dead    span     CV  GFLOP/token"]
+    tested = _is_tested(findings)
+    test_head = f"{'on test text':>17}" if tested else ""
+    lines = [
+        f"{'':<{width}}  runs      lr    bits per byte{test_head}           active   dead    span     CV  GFLOP/token"
+    ]
     for group in findings.groups:
         bits, active = group.mean(lambda r: r.bits), group.mean(lambda r: r.activation)
         dead, span, cv, flops = (
             group.mean(figure).mean
             for figure in (lambda r: r.dead, lambda r: r.span, lambda r: r.cv, lambda r: r.flops_a_token)
         )
+        test = f"{_interval(group.mean(lambda r: r.test_bits), '{:.3f}'):>17}" if tested else ""
         lines.append(
-            f"{group.name:<{width}}{len(group.results):>6}{group.rate:>8g}{_interval(bits, '{:.3f}'):>17}"
+            f"{group.name:<{width}}{len(group.results):>6}{group.rate:>8g}{_interval(bits, '{:.3f}'):>17}{test}"
             f"{_interval(active, '{:.3f}'):>17}{dead:>7.1f}{_whole(span):>8}{cv:>7.3f}{flops / 1e9:>13.4f}"
         )
+    lines += time_lines(findings) if has_curves(findings) else []
     for name, fits in laws.items():
         best = fits[0]
         lines.append(f"{name}: {best.law.formula} foretells the largest size best, off by {best.held_out_error:.4f}")

@@ -14,14 +14,17 @@ from tests.corpus import real_texts, write_jsonl
 
 @pytest.fixture(scope="session")
 def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Standard library modules in two sources, with held-out documents, under a vocabulary of 512."""
+    """Standard library modules in two sources, with held-out and test documents, under a vocabulary of 512."""
     folder = tmp_path_factory.mktemp("dataset")
     texts = real_texts(60, max_chars=6000)
     train = write_jsonl(folder / "train.jsonl", texts[:50])
     # Every run ends with an evaluation of all of it, so there is little.
     held_out = write_jsonl(folder / "val.jsonl", [text[:1500] for text in texts[50:54]])
+    tests = write_jsonl(folder / "test.jsonl", [text[:1500] for text in texts[54:56]])
     train_tokenizer([train], 512, folder / "bpe.model")
-    prepare(Request({"train": [train], "val": [held_out]}, str(folder / "bpe.model"), folder / "tokens"))
+    prepare(
+        Request({"train": [train], "val": [held_out], "test": [tests]}, str(folder / "bpe.model"), folder / "tokens")
+    )
     return folder / "tokens"
 
 

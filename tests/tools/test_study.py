@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -17,10 +19,11 @@ from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import write_outcome
 from megaboat.errors import BadInput
-from megaboat.tools.study_data import read_findings
+from megaboat.tools.study_data import Group, read_findings
 from megaboat.tools.study_page import fit_all, write_study_report
 from megaboat.tools.study_plan import Plan, check_folders, read_study, write_study
 from megaboat.tools.study_run import state_of
+from megaboat.tools.study_time import bits_after
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import dataset_folder, tiny_tree
 from tests.engine.runs import start_command, wait_until, write_config
@@ -128,7 +131,7 @@ def measured(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A study of three sizes with two rates and two seeds, each cell really trained."""
     folder = tmp_path_factory.mktemp("measured")
     grid = {"size": SIZES, "optim.lr": [1e-3, 1e-2], "seed": SEEDS}
-    plan = read_study(write_study_file(folder, dataset_folder, [grid]))
+    plan = read_study(write_study_file(folder, dataset_folder, [grid], set={"train.eval_every": 4}))
     write_study(plan)
     run_on_ranks(train_cells, 1, [cell.config for cell in plan.cells])
     return plan
@@ -148,18 +151,40 @@ def test_groups_hold_the_seeds_of_the_best_rate(measured: Plan) -> None:
     first = findings.groups[0].results[0]
     lines = [json.loads(line) for line in (first.cell.out / "metrics.jsonl").read_text().splitlines()]
     assert first.flops == pytest.approx(sum(line["flops_per_token"] for line in lines) * 4 * 32)
-    last = json.loads((first.cell.out / "evaluation.jsonl").read_text().splitlines()[-1])
+    *_, last, test = map(json.loads, (first.cell.out / "evaluation.jsonl").read_text().splitlines())
+    assert (last["split"], test["split"]) == ("val", "test")
     assert first.activation_by_layer.tolist() == last["overall"]["activation_ratio"]
+    assert (first.bits, first.test_bits) == (last["overall"]["bits_per_byte"], test["overall"]["bits_per_byte"])
+
+
+def test_quality_at_equal_time_lies_between_evaluations_and_stays_when_the_run_has_ended(measured: Plan) -> None:
+    group = read_findings(measured).groups[0]
+    result = group.results[0]
+    alone = Group(group.levels, [result], group.rate)
+    lines = [json.loads(line) for line in (result.cell.out / "metrics.jsonl").read_text().splitlines()]
+    times = [line["step_time"] for line in lines]
+    usual = median(times)
+    assert result.seconds[-1] == pytest.approx(sum(time if time <= 2 * usual else usual for time in times))
+    bits = [evaluation.overall.bits_per_byte for evaluation in result.run.evaluations]
+    assert [evaluation.step for evaluation in result.run.evaluations] == [4, 8, 12]
+    assert math.isnan(bits_after(alone, 0.5 * result.seconds[3]))
+    assert bits_after(alone, result.seconds[7]) == pytest.approx(bits[1])
+    between = bits_after(alone, (result.seconds[3] + result.seconds[7]) / 2)
+    assert between == pytest.approx((bits[0] + bits[1]) / 2)
+    assert bits_after(alone, 2 * result.seconds[-1]) == bits[2]
 
 
 def test_the_page_has_every_picture_with_a_sentence_and_the_csv_every_cell(measured: Plan, tmp_path: Path) -> None:
     lines = write_study_report(measured, tmp_path / "report")
     assert sum(line.startswith("warning:") for line in lines) == 3
+    assert "on test text" in next(line for line in lines if "bits per byte" in line)
     html = (tmp_path / "report" / "index.html").read_text()
     page = Page(html)
     names = sorted(path.stem for path in (tmp_path / "report").glob("*.png"))
-    assert len(page.images) == len(names) == 11
-    assert html.count("<figcaption>") == 11
+    assert len(page.images) == len(names) == 12
+    assert html.count("<figcaption>") == 12
+    assert "on test text" in html
+    assert "At equal time" in html
     assert not re.search(r'(src|href)="(?!data:)', html), "nothing is fetched"
     assert "logit-linear" in html
     with (tmp_path / "report" / "cells.csv").open() as file:
