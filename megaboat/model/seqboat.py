@@ -109,9 +109,10 @@ class SeqBoat(nn.Module):
         routings = []
         share = self.capacity if self.training and state is None else None
         capacity = None if share is None else kernels.room(share, docs.shape.numel())
+        draws = self.config.dropout > 0 or self.config.configurator == "gumbel"
         for i, block in enumerate(self.blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x_BTD, routing = _checkpointed(block, x_BTD, docs, capacity)
+                x_BTD, routing = _checkpointed(block, x_BTD, docs, capacity, draws)
             else:
                 x_BTD, routing = block(x_BTD, docs, state.layers[i] if state else None, None, capacity)
             routings.append(routing)
@@ -155,8 +156,13 @@ class SeqBoat(nn.Module):
         return to_compute_dtype(self.dropout(embedded * self.config.width**0.5))
 
 
-def _checkpointed(block: nn.Module, x_BTD: Tensor, docs: Documents, capacity: int | None) -> tuple[Tensor, Routing]:
-    """The block, recomputed in the backward pass with the decisions of the forward pass: a flip would change shapes."""
+def _checkpointed(
+    block: nn.Module, x_BTD: Tensor, docs: Documents, capacity: int | None, draws: bool
+) -> tuple[Tensor, Routing]:
+    """The block, recomputed in the backward pass with the decisions of the forward pass: a flip would change shapes.
+
+    draws: whether it draws random numbers, whose state is kept then; a graph's capture forbids that.
+    """
     taken: list[Tensor] = []
 
     def run(x: Tensor) -> tuple[Tensor, Routing]:
@@ -165,7 +171,7 @@ def _checkpointed(block: nn.Module, x_BTD: Tensor, docs: Documents, capacity: in
             taken.append(routing.active_XM)
         return y, routing
 
-    return checkpoint(run, x_BTD, use_reentrant=False)
+    return checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=draws)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from megaboat.errors import MegaboatError
 from megaboat.layers.documents import Documents
 from megaboat.model.seqboat import SeqBoat
 
-ALLOWED = 1e-3  # relative, of loss and gradient: a library may choose other kernels for a graph
+ALLOWED = 1e-2  # relative, of loss and gradient: flash attention adds its gradients up in any order
 
 
 class Captured:

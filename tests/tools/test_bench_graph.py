@@ -60,4 +60,4 @@ def test_gradients_are_the_model_s(recomputed: str, device: str) -> None:
     graph(texts[2])
     moved = gradient(model)
     assert error(moved, plainly(model, docs, texts[2])) < allowed
-    assert error(moved, truth[2]) > 10 * allowed, "the weights are those of now"
+    assert error(moved, truth[2]) > 2 * allowed, "the weights are those of now"
