@@ -1,5 +1,7 @@
 """A bidirectional SeqBoat that classifies sequences: the published encoder (SeqBoat, section 3.2) with its head."""
 
+from typing import Literal
+
 import pydantic
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from megaboat.config import Section
 from megaboat.layers.bidirectional import Bias, BidirectionalEMA, BidirectionalGAU, Weighing
 from megaboat.layers.configurator import Routing
 from megaboat.layers.documents import Documents
+from megaboat.layers.mega import MegaBlock
 from megaboat.layers.sequence_norm import Kind, SequenceNorm, Sinusoid
 from megaboat.layers.sma import SparseModularActivation
 from megaboat.model.config import SeqBoatConfig
@@ -18,6 +21,8 @@ from megaboat.model.seqboat import initialize_module
 class ClassifierConfig(Section):
     """A bidirectional SeqBoat with a classification head."""
 
+    block: Literal["seqboat", "mega"] = "seqboat"
+    """mega: MEGA-chunk to compare with; every symbol attends, within chunks of `window`, and a feed-forward follows."""
     layers: int = pydantic.Field(6, gt=0)
     """Blocks, one after the other."""
     width: int = pydantic.Field(80, gt=0)
@@ -46,6 +51,12 @@ class ClassifierConfig(Section):
     """Initial temperature of the configurator in units of sqrt(width)."""
     dropout: float = pydantic.Field(0.1, ge=0, lt=1)
     """Share of the numbers set to zero in training."""
+
+    @pydantic.model_validator(mode="after")
+    def _chunks_are_of_something(self) -> "ClassifierConfig":
+        if self.block == "mega" and self.window == 0:
+            raise ValueError("window 0 is no chunk for block mega; set it to the symbols of a chunk")
+        return self
 
 
 class EncoderBlock(nn.Module):
@@ -77,6 +88,13 @@ class EncoderBlock(nn.Module):
         return (y_BTD if self.pre_norm else self.norm(y_BTD, kept_BT)), routing
 
 
+def _block(config: ClassifierConfig) -> nn.Module:
+    if config.block == "seqboat":
+        return EncoderBlock(config)
+    sizes = (config.width, config.ema_order, config.qk_dim, config.value_dim, config.window)
+    return MegaBlock(*sizes, config.attention, config.norm, config.pre_norm, config.dropout)
+
+
 class NumberEmbedding(nn.Module):
     """A number x as x weight + bias: (B, T) -> (B, T, D). Ma et al. 2023, for pixels and samples."""
 
@@ -103,12 +121,12 @@ class SeqBoatClassifier(nn.Module):
         self.sinusoid = Sinusoid(width) if config.sinusoid else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.norm = SequenceNorm(config.norm, width) if config.pre_norm else None
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
         self.hidden = nn.Linear(width if parts == 1 else 4 * width, 2 * width)
         self.out = nn.Linear(2 * width, classes, bias=False)
 
     def forward(self, values_BT: Tensor, kept_BT: Tensor) -> tuple[Tensor, list[Routing]]:
-        """Logits (B / parts, classes) and each layer's decisions, of symbols (int64) or numbers.
+        """Logits (B / parts, classes) and each layer's decisions, if it takes any, of symbols (int64) or numbers.
 
         A row's output does not depend on the others, nor on its padding (`kept_BT` False), which stands behind it.
         """
@@ -118,7 +136,7 @@ class SeqBoatClassifier(nn.Module):
         routings = []
         for block in self.blocks:
             x_BTD, routing = block(x_BTD, docs, kept_BT)
-            routings.append(routing)
+            routings += [] if routing is None else [routing]
         if self.norm is not None:
             x_BTD = self.norm(x_BTD, kept_BT)
         mean_BD = (x_BTD * kept_BT[..., None]).sum(1) / kept_BT.sum(1, keepdim=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from megaboat.kernels import plan_rows
 from megaboat.layers.bidirectional import BidirectionalEMA, BidirectionalGAU
 from megaboat.layers.documents import Documents
+from megaboat.layers.mega import MegaBlock
 from megaboat.layers.sequence_norm import SequenceNorm, Sinusoid
 from megaboat.model.classifier import ClassifierConfig, EncoderBlock, build_classifier
 from tests.layers import naive
@@ -94,7 +95,7 @@ def test_norms_leave_padding_out() -> None:
 
 def test_the_sinusoid_is_that_of_its_formula() -> None:
     layer = Sinusoid(6)
-    assert float(layer.scale) == pytest.approx(6**-0.5)
+    assert layer.scale.item() == pytest.approx(6**-0.5)
     y_TD = layer(torch.zeros(1, 9, 6))[0].detach().numpy() * np.sqrt(6)
     for t in range(9):
         for i in range(3):
@@ -129,21 +130,22 @@ def test_a_block_is_its_equations(pre_norm: bool) -> None:
 OTHER = {"attention": "relu2", "bias": "local", "norm": "batch", "pre_norm": True, "sinusoid": True}
 
 
-@pytest.mark.parametrize("choices", [{}, OTHER, {"window": 0}])
+@pytest.mark.parametrize("choices", [{}, OTHER, {"window": 0}, {"block": "mega"}])
 def test_a_row_depends_on_nothing_but_its_symbols(choices: dict[str, object]) -> None:
     model = naive.randomize(build_classifier(SMALL.model_copy(update=choices), 16, 10, 0), 4, spread=0.3).eval()
     symbols_BT = torch.randint(1, 16, (3, 20), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([20, 11, 20])
     kept_BT = torch.arange(20) < lengths[:, None]
     together, routings = model(symbols_BT, kept_BT)
-    assert 0 < float(torch.stack([r.active_XM.double().mean() for r in routings]).mean()) < 1
+    shares = [float(routing.active_XM.double().mean()) for routing in routings]
+    assert not shares if "block" in choices else 0 < np.mean(shares) < 1
     alone = torch.cat(
         [model(row[kept][None], kept[kept][None])[0] for row, kept in zip(symbols_BT, kept_BT, strict=True)]
     )
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("choices", [{}, OTHER, {"window": 0}])
+@pytest.mark.parametrize("choices", [{}, OTHER, {"window": 0}, {"block": "mega"}])
 def test_gradients_are_those_of_finite_differences(choices: dict[str, object]) -> None:
     model = naive.randomize(build_classifier(SMALL.model_copy(update=choices), 16, 10, 0), 5, spread=0.3).eval()
     symbols_BT = torch.randint(1, 16, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -182,3 +184,48 @@ def test_numbers_are_embedded_by_a_line() -> None:
     w = naive.weights(model.embedding)
     expected = x_BT.numpy()[..., None] * w["weight"] + w["bias"]
     np.testing.assert_allclose(model.embedding(x_BT).detach().numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("weighing", "pre_norm"), [("softmax", False), ("relu2", True)])
+def test_a_block_of_mega_is_its_equations(weighing: str, pre_norm: bool) -> None:
+    """Chunks of 3 over rows of 8 and 5: 6.1 of the paper, token by token."""
+    block = naive.randomize(MegaBlock(6, 3, 4, 10, 3, weighing, "scale", pre_norm, dropout=0), 9)
+    x_BTD, lengths = drawn(2, 8, 6), (8, 5)
+    kept_BT = torch.arange(8) < torch.tensor(lengths)[:, None]
+    y_BTD, routing = block(x_BTD, Documents.whole(2, 8), kept_BT)
+    assert routing is None
+    w = naive.weights(block)
+    norm = lambda x, name: x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5) * w[name]  # noqa: E731
+    line = lambda name, x: np.array([naive.linear(name, w, row) for row in x])  # noqa: E731
+    for row, length in enumerate(lengths):
+        x = x_BTD[row, :length].numpy()
+        n = norm(x, "norm.norm.weight") if pre_norm else x
+        behind = naive.damped_ema(n[::-1], naive.under("ema.backwards.", w) | {"skip": np.zeros(6)})[::-1]
+        u = naive.silu(naive.damped_ema(n, naive.under("ema.forwards.", w)) + behind)
+        z, v, r = naive.silu(line("gau.z", u)), naive.silu(line("gau.v", n)), naive.silu(line("gau.r", u))
+        q, k = (z * w[f"gau.scale_{name}"][0] + w[f"gau.bias_{name}"][0] for name in "qk")
+        o = np.zeros_like(v)
+        for i in range(length):
+            keys = range(i // 3 * 3, min(length, i // 3 * 3 + 3))
+            biases = np.array([w["gau.distance"][j - i + 2] for j in keys])
+            products = np.array([q[i] @ k[j] for j in keys])
+            if weighing == "softmax":
+                weight = np.exp(products / 2 + biases)
+                weight /= weight.sum()
+            else:
+                weight = np.maximum(0, products / len(keys) + biases) ** 2
+            o[i] = sum(share * v[j] for share, j in zip(weight, keys, strict=True))
+        h = naive.silu(line("linear", u) + line("gau.o", r * o))
+        phi = naive.sigmoid(line("update", u))
+        y = phi * h + (1 - phi) * x
+        y = y if pre_norm else norm(y, "norm.norm.weight")
+        f = norm(y, "ffn_norm.norm.weight") if pre_norm else y
+        y = y + line("fall", naive.silu(line("rise", f)))
+        y = y if pre_norm else norm(y, "ffn_norm.norm.weight")
+        np.testing.assert_allclose(y_BTD[row, :length].detach().numpy(), y, rtol=1e-8, atol=1e-10)
+
+
+def test_mega_on_text_has_the_size_that_is_counted_for_it() -> None:
+    config = ClassifierConfig(block="mega", width=128, qk_dim=64, value_dim=256, norm="scale", layers=1)
+    block = build_classifier(config, 256, 2, 0).blocks[0]
+    assert sum(parameter.numel() for parameter in block.parameters()) == pytest.approx(223_200, rel=2e-3)

@@ -115,3 +115,9 @@ def test_pairs_and_pictures_go_through_the_same_command(tmp_path: Path) -> None:
     assert main(["classify", str(config), *recipe, *pictures, *where, "eval_every=2"]) == 0
     last = json.loads((tmp_path / "pictures" / "evaluation.jsonl").read_text().splitlines()[-1])
     assert 0 <= last["val_accuracy"] <= 1
+
+
+def test_a_chunk_of_nothing_is_refused() -> None:
+    with pytest.raises(BadInput, match="window 0 is no chunk for block mega"):
+        load_config(ClassifyConfig, CONFIG, ["model.block=mega", "model.window=0"])
+    assert load_config(ClassifyConfig, CONFIG.with_stem("text"), ["model.block=mega"]).model.bias == "local"
