@@ -140,7 +140,7 @@ class TensorBoard(Hook):
                 self._writer.add_scalar(f"train/{name}", value, step)
         for layer, ratio in enumerate(metrics["activation_ratio"]):
             self._writer.add_scalar(f"activation/layer_{layer:02d}", ratio, step)
-        for layer, share in enumerate(metrics.get("overflow", [])):
+        for layer, share in enumerate(metrics["overflow"]):
             self._writer.add_scalar(f"activation/overflow/layer_{layer:02d}", share, step)
         for name, value in metrics.get("balance", {}).items():
             self._writer.add_scalar(f"balance/{name}", value, step)

@@ -154,7 +154,6 @@ def step_metrics(
     """The object of `metrics.jsonl`: see the README's table of its keys."""
     peak = peak_flops(ranks.device) if config.train.precision == "bf16" else None
     useful = 3 * _forward_flops(config, sums)
-    overflow = {"overflow": (sums.overflow_L / sums.tokens).tolist()} if config.train.capacity else {}
     return {
         "step": step,
         "loss": sums.loss,
@@ -167,7 +166,7 @@ def step_metrics(
         "flops_per_token": useful / sums.tokens,
         "mfu": useful / seconds / ranks.size / peak if peak else None,
         "activation_ratio": (sums.work.rows_LM.mean(1) / sums.tokens).tolist(),
-        **overflow,
+        "overflow": (sums.overflow_L / sums.tokens).tolist(),
         "imbalance": sums.imbalance,
         "slowness": slowness,
         "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else None,
