@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megaboat.config import dump_config, load_config
 from megaboat.data.files import check_files, read_json
+from megaboat.engine.pinned import HostCopies
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput, DamagedData
@@ -123,8 +124,17 @@ class CheckpointWriter:
         """`check_owner` raises on rank 0 when the run folder belongs to another attempt by now."""
         self._root, self._config, self._keep, self._ranks = root, config, keep, ranks
         self._check_owner = check_owner
+        self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+
+    def prepare(self, model: Named, optimizer: Named) -> None:
+        """Begin to make host memory ready for tensors like these, which need hold no data; every rank takes part.
+
+        Without it the first `save` takes seconds for that. The memory is that of this rank's files, and stays.
+        """
+        mine = [*_dealt("model", model, self._ranks), *_dealt("optimizer", optimizer, self._ranks)]
+        self._copies.prepare([tensor.nbytes for _, _, tensor in mine], self._ranks)
 
     def save(self, model: Named, optimizer: Named, state: dict[str, Any]) -> Path:
         """Start to write `root/step-N`; every rank takes part. `model` and `optimizer` may gather tensors as they go.
@@ -135,8 +145,8 @@ class CheckpointWriter:
         self.wait()
         folder = self._root / f"step-{state['step']}"
         scratch = folder.with_name(folder.name + ".tmp")
-        self._ranks.on_first(lambda: self._prepare(scratch))
-        files = _snapshot("model", model, self._ranks) | _snapshot("optimizer", optimizer, self._ranks)
+        self._ranks.on_first(lambda: self._clear(scratch))
+        files = self._snapshot("model", model) | self._snapshot("optimizer", optimizer)
         self._thread = threading.Thread(target=self._write, args=(scratch, folder, files, state), name="checkpoint")
         self._thread.start()
         return folder
@@ -144,6 +154,7 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Return when nothing is being written: what was begun is committed. Every rank takes part, and all raise what
         one of them met."""
+        self._copies.settle()
         if self._thread is None:
             return
         self._thread.join()
@@ -152,7 +163,16 @@ class CheckpointWriter:
         if failures:
             raise next((failure for failure in failures if not isinstance(failure, _OtherRank)), failures[0])
 
-    def _prepare(self, scratch: Path) -> None:
+    def _snapshot(self, kind: str, tensors: Named) -> dict[str, dict[str, Tensor]]:
+        """Host copies of what belongs into this rank's files, by file."""
+        files = collections.defaultdict[str, dict[str, Tensor]](dict)
+        for file, name, tensor in _dealt(kind, tensors, self._ranks):
+            files[file][name] = self._copies.copy(tensor.detach())
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
+        return dict(files)
+
+    def _clear(self, scratch: Path) -> None:
         self._check_owner()
         with _refusals(scratch):
             for abandoned in self._root.glob("step-*.tmp"):
@@ -217,24 +237,15 @@ def save_checkpoint(
     return folder
 
 
-def _snapshot(kind: str, tensors: Named, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
-    """Host copies of what belongs into this rank's files, by file; files of about FILE_BYTES are dealt in turn."""
-    number, size, files = 1, 0, collections.defaultdict[str, dict[str, Tensor]](dict)
+def _dealt(kind: str, tensors: Named, ranks: Ranks) -> Iterator[tuple[str, str, Tensor]]:
+    """(file, name, tensor) of what belongs into this rank's files; files of about FILE_BYTES are dealt in turn."""
+    number, size = 1, 0
     for name, tensor in tensors:
         if (number - 1) % ranks.size == ranks.rank:
-            files[f"{kind}-{number:05d}.safetensors"][name] = _host_copy(tensor.detach())
-        size += tensor.numel() * tensor.element_size()
+            yield f"{kind}-{number:05d}.safetensors", name, tensor
+        size += tensor.nbytes
         if size >= FILE_BYTES:
             number, size = number + 1, 0
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize(ranks.device)
-    return dict(files)
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    """A copy that later steps do not touch. From a GPU into pinned memory, which torch keeps for the next time."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=True)
 
 
 def _write_files(scratch: Path, files: dict[str, dict[str, Tensor]], rank: int) -> None:

@@ -90,6 +90,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
         micro_steps = config.train.global_batch // (config.train.micro_batch * ranks.data_size)
+        self._outlines = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
         self._group = ranks.tensor_group
         self._cut: dict[str, int] = {}
         if self._group is not None:
@@ -199,6 +200,11 @@ class Engine:
                 else:
                     mine = safe_get_full_optimizer_state(parameter, key)
                 yield f"{key}.{name}", self._whole(name, mine)
+
+    def outlines(self) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+        """What `weights` and `moments` give, in the same order, without data; nothing is gathered."""
+        moments = [(f"{key}.{name}", outline) for name, outline in self._outlines.items() for key in MOMENTS]
+        return list(self._outlines.items()), moments
 
     @torch.no_grad()
     def set_weights(self, full: Any) -> None:

@@ -86,6 +86,9 @@ class Trainer:
 
     def _loop(self, stop: StopRequest) -> tuple[Outcome, str]:
         train = self.config.train
+        if self.step < train.steps:
+            weights, moments = self.engine.outlines()
+            self.writer.prepare([*weights, *self.engine.module.named_buffers()], moments)
         received = self.evaluate(train.eval_tokens, stop) if self._lacks_evaluation() else None
         while self.step < train.steps and not received:
             received = self.train_step(stop)

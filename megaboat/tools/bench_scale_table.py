@@ -154,6 +154,7 @@ def checkpoint_line(found: dict[str, float]) -> str:
         for turn in ("first", "second")
     )
     return (
-        f"checkpoints of {found['bytes'] / GB:.2f} GB: {turns}; hashing one took {found['verify']:.1f} s, "
+        f"checkpoints of {found['bytes'] / GB:.2f} GB: the longest step while the host's memory was made ready took "
+        f"{found['step_beside_preparing']:.2f} s; {turns}; hashing one took {found['verify']:.1f} s, "
         f"restoring it {found['restore']:.1f} s"
     )

@@ -1,6 +1,7 @@
 """The folder of checkpoints: what is kept, what is cleared away, what is refused."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from megaboat.engine.checkpoint import (
     save_checkpoint,
 )
 from megaboat.engine.hooks import JsonLines
+from megaboat.engine.pinned import HostCopies, free_memory
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput, DamagedData
@@ -154,6 +156,42 @@ def write_on_two(ranks: Ranks, root: Path, broken_rank: int | None) -> str:
     except NotSaved as error:
         return str(error)
     return ""
+
+
+def test_what_is_prepared_is_what_will_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tensors without data, file by file and rank by rank."""
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
+    tensors = [(f"t{n}", torch.full((n,), float(n))) for n in range(30)]
+    outlines = [(name, tensor.to("meta")) for name, tensor in tensors]
+    dealt = []
+    for rank in (0, 1):
+        ranks = Ranks(rank, 2, torch.device("cpu"))
+        saved = [(file, name, tensor.nbytes) for file, name, tensor in checkpoint._dealt("model", tensors, ranks)]
+        assert saved == [(file, name, t.nbytes) for file, name, t in checkpoint._dealt("model", outlines, ranks)]
+        dealt += [name for _, name, _ in saved]
+    assert sorted(dealt) == sorted(name for name, _ in tensors)
+
+
+@pytest.mark.parametrize("size", [1 << 50, 8])
+def test_a_host_that_pins_nothing_still_copies(size: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Too small, or, as here, without a GPU's driver."""
+    if torch.cuda.is_available() and size == 8:
+        pytest.skip("this host pins memory")
+    copies = HostCopies()
+    with caplog.at_level("WARNING", logger="megaboat"):
+        copies.prepare([size], Ranks(0, 1, torch.device("cuda")))
+        copies.settle()
+    assert not copies.pins
+    assert [record.getMessage() for record in caplog.records if "no pinned memory" in record.getMessage()]
+    tensor = torch.arange(3)
+    copy = copies.copy(tensor)
+    tensor.zero_()
+    assert copy.tolist() == [0, 1, 2]
+
+
+def test_free_memory_is_that_of_this_host() -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_memory() <= total
 
 
 def test_a_disk_that_takes_nothing_is_named(tmp_path: Path) -> None:
