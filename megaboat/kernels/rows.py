@@ -105,6 +105,11 @@ def _place(active_X: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _plan_capacity(active_X: Tensor, cu_seqlens: Tensor, capacity: int) -> ActiveRows:
+    if active_X.is_cuda:
+        from megaboat.kernels.rows_triton import place_within_triton
+
+        row_X, token_R, cu, overflow = place_within_triton(active_X, cu_seqlens, capacity)
+        return ActiveRows(token_R, row_X, cu, capacity, cu[-2:-1], overflow)
     row_X, cu_rows, sizes = _place(active_X, cu_seqlens)
     row_X = row_X.masked_fill_(row_X >= capacity, -1)
     # Inactive tokens write to one slot past the end, which is cut off.

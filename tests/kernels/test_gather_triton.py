@@ -34,9 +34,30 @@ def test_gather_from_or_to_no_rows(device: str) -> None:
 def test_plan_of_rows(borders: list[int], ratio: float, device: str) -> None:
     active_X = torch.rand(borders[-1]) < ratio
     cu = torch.tensor(borders, dtype=torch.int32)
-    row_X, cu_rows, sizes = (x.cpu() for x in rows_triton.place_triton(active_X.to(device), cu.to(device)))
+    of_two_X2 = torch.stack([active_X, ~active_X], 1).to(device)  # a layer's second module skips what the first takes
+    row_X, cu_rows, sizes = (x.cpu() for x in rows_triton.place_triton(of_two_X2[:, 0], cu.to(device)))
     rows = plan_rows(active_X, cu) if len(borders) > 1 else None
     assert cu_rows.dtype == torch.int32
     assert sizes.tolist() == [int(active_X.sum()), rows.longest if rows else 0]
     assert torch.equal(row_X, rows.row_X if rows else torch.empty(0, dtype=torch.int64))
     assert torch.equal(cu_rows, rows.cu_seqlens if rows else cu)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("capacity", [8, 40, 3000])
+@pytest.mark.parametrize("borders", [[0, 3, 3, 40, 41, 100], [*range(0, 1300, 7), 1300], [0]])
+def test_plan_of_a_fixed_number_of_rows(borders: list[int], capacity: int, ratio: float, device: str) -> None:
+    active_X = torch.rand(borders[-1]) < ratio
+    cu = torch.tensor(borders, dtype=torch.int32)
+    of_two_X2 = torch.stack([active_X, ~active_X], 1).to(device)
+    planned = rows_triton.place_within_triton(of_two_X2[:, 0], cu.to(device), capacity)
+    row_X, token_R, cu_rows, overflow = (x.cpu() for x in planned)
+    kept_X = active_X & (active_X.cumsum(0) <= capacity)
+    tokens = kept_X.nonzero().flatten()
+    assert torch.equal(row_X, torch.where(kept_X, kept_X.cumsum(0) - 1, -1))
+    assert torch.equal(token_R, torch.nn.functional.pad(tokens, (0, capacity - len(tokens))))
+    before = torch.nn.functional.pad(kept_X.cumsum(0), (1, 0))[cu.long()]
+    assert cu_rows.dtype == torch.int32
+    assert cu_rows.tolist() == [*before.tolist(), capacity]
+    assert int(overflow) == int(active_X.sum()) - len(tokens)
