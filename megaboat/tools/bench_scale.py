@@ -39,14 +39,12 @@ from megaboat.tools.bench_scale_table import (
     checkpoint_line,
     compare,
     heading,
-    layout_of,
     line,
-    planned_bytes,
     sentence,
     verdict,
 )
 from megaboat.tools.plan import with_vocabulary
-from megaboat.tools.plan_layout import USABLE, layout_memory, rank_parameters
+from megaboat.tools.plan_layout import USABLE, Layout, configured_bytes, layout_memory, rank_parameters
 
 LEAST_SECONDS = 15.0  # of a measurement: its ranks need so much to start
 
@@ -224,7 +222,7 @@ def _long_row(config: RunConfig, length: int, bench: Bench) -> None:
     if isinstance(found, Compared):
         print(f"{said}loss {found.found.losses[-1]:.4f}, {sentence(found, bench.took)}", flush=True)
         return
-    print(f"{said}{found} (planned: {planned_bytes(case, 0.5) / GB:.1f} GB)", flush=True)
+    print(f"{said}{found} (planned: {configured_bytes(case.config, ranks, 0.5) / GB:.1f} GB)", flush=True)
     if isinstance(found, NoRoom) and length % (2 * ranks) == 0:
         _long_row(config, length // 2, bench)
 
@@ -286,9 +284,9 @@ def fitting_layers(config: RunConfig, gpus: int, zero: int, room: float) -> int:
     one, two = (vars(rank_parameters(with_layers(config, gpus, zero, layers), 1)).values() for layers in (1, 2))
 
     def fits(layers: int) -> bool:
-        case = Case("", gpus, with_layers(config, gpus, zero, layers))
         parameters = Parameters(*(a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True)))
-        return layout_memory(case.config, parameters, layout_of(case), 0.5).total <= room
+        layout = Layout(gpus, zero, micro_batch=1, checkpointing=True)
+        return layout_memory(with_layers(config, gpus, zero, layers), parameters, layout, 0.5).total <= room
 
     return max(1, bisect.bisect_left(range(1, 1 << 12), True, key=lambda layers: not fits(layers)))
 

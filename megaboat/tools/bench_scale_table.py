@@ -9,7 +9,7 @@ import torch
 from megaboat.engine.run_config import RunConfig
 from megaboat.model.flops import training_flops
 from megaboat.tools.bench_scale_rank import WARM_UP, Measured
-from megaboat.tools.plan_layout import Layout, layout_memory, rank_parameters
+from megaboat.tools.plan_layout import configured_bytes, rank_parameters
 
 GB = 1e9
 
@@ -52,7 +52,8 @@ class Compared:
 def compare(case: Case, found: Measured) -> Compared:
     """The plan is asked at the activation that was measured."""
     activation = found.activation
-    return Compared(case.name, found, planned_bytes(case, activation), planned_flops(case, activation))
+    planned = configured_bytes(case.config, case.gpus, activation)
+    return Compared(case.name, found, planned, planned_flops(case, activation))
 
 
 def verdict(compared: Sequence[Compared]) -> str:
@@ -69,12 +70,6 @@ def verdict(compared: Sequence[Compared]) -> str:
     return "the plan beside measurement: " + ("; ".join(parts) or "nothing was measured")
 
 
-def planned_bytes(case: Case, activation: float) -> float:
-    """Of one rank, by the planner."""
-    layout = layout_of(case)
-    return layout_memory(case.config, rank_parameters(case.config, layout.tensor), layout, activation).total
-
-
 def planned_flops(case: Case, activation: float) -> float:
     """Of one step over all ranks, as executed: recomputation, and what tensor ranks compute alike, are in it."""
     train, length = case.config.train, case.config.data.seq_len
@@ -82,13 +77,6 @@ def planned_flops(case: Case, activation: float) -> float:
     to_the_end = case.config.parallel.zero == 3 or (train.precision == "bf16" and torch.cuda.is_available())
     again, tensor = train.checkpoint_activations, case.config.parallel.tensor
     return training_flops(case.config.model, tokens, length, activation, again, to_the_end, tensor)
-
-
-def layout_of(case: Case) -> Layout:
-    """As the planner knows it."""
-    train, parallel = case.config.train, case.config.parallel
-    cuts = parallel.tensor, parallel.sequence
-    return Layout(case.gpus, parallel.zero, train.micro_batch, train.checkpoint_activations, *cuts)
 
 
 HEADER = (

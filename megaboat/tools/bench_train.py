@@ -40,6 +40,7 @@ from megaboat.model.flops import count_work, forward_flops, llama_flops, peak_fl
 from megaboat.model.seqboat import SeqBoat
 from megaboat.tools.bench_forced import forced
 from megaboat.tools.bench_graph import Captured
+from megaboat.tools.plan_layout import configured_bytes
 
 WARM_UP = 3  # the first compiles, the next two settle the allocator
 MODES = ("exact", "capacity", "full", "graph")
@@ -97,6 +98,8 @@ class Row:
     """Useful work, activated rows only, over the device's peak; None where that is unknown."""
     problem: str = ""
     """Why there are no figures."""
+    plan_off: float | None = None
+    """By what share `megaboat plan` says more than the peak; None where it was not measured, or rows are fixed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +131,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(line(row, rows), flush=True)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    offs = [row.plan_off for row in rows if row.plan_off is not None]
+    print(f"the plan's memory is at worst {max(offs, key=abs, default=0.0):+.1%} off in {len(offs)} rows")
 
 
 def _sizes(arguments: argparse.Namespace) -> Sizes:
@@ -159,7 +164,7 @@ def _sizes(arguments: argparse.Namespace) -> Sizes:
 
 HEADER = (
     f"{'model':<9}{'tokens a row':>13}{'active':>8}{'pattern':>9}{'mode':>10}{'rows':>6}{'recomputed':>13}"
-    f"{'tokens/s':>11}{'+-':>6}{'x Llama':>9}{'peak GB':>9}{'MFU':>7}"
+    f"{'tokens/s':>11}{'+-':>6}{'x Llama':>9}{'peak GB':>9}{'plan off':>10}{'MFU':>7}"
 )
 
 
@@ -168,13 +173,14 @@ def line(row: Row, before: Sequence[Row]) -> str:
     peers = [other for other in before if other.family == "llama" and other.length == row.length]
     ratio = f"{row.tokens_per_second / peers[0].tokens_per_second:.2f}" if peers else ""
     active = "" if row.activation is None else f"{row.activation:.3f}"
+    off = "" if row.plan_off is None else f"{row.plan_off:+.1%}"
     mfu = "n/a" if row.mfu is None else f"{row.mfu:.1%}"
     said = f"{row.family:<9}{row.length:>13,}{active:>8}{row.pattern or '':>9}{row.mode:>10}{row.micro_batch:>6}"
     if row.problem:
         return f"{said}  {row.problem}"
     return (
         f"{said}{row.recomputed:>13}{row.tokens_per_second:>11,.0f}{row.spread:>6.1%}{ratio:>9}"
-        f"{row.peak_gb:>9.1f}{mfu:>7}"
+        f"{row.peak_gb:>9.1f}{off:>10}{mfu:>7}"
     )
 
 
@@ -267,7 +273,7 @@ def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int
                 return Row(*what, 0.0, 0.0, 0.0, None, f"not captured: {str(error).strip().splitlines()[0]:.200}")
         seconds, flops, activation = _timed(engine, config, ranks, steps, step)
     median = statistics.median(seconds)
-    peak = peak_flops(ranks.device)
+    peak, held = peak_flops(ranks.device), torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
     return Row(
         name,
         length,
@@ -278,8 +284,9 @@ def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int
         _recomputed(config),
         rows * length / median,
         (max(seconds) - min(seconds)) / 2 / median,
-        torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0,
+        held / 2**30,
         flops / median / peak if peak else None,
+        plan_off=configured_bytes(config, 1, activation or 0.0) / held - 1 if held and mode == "exact" else None,
     )
 
 

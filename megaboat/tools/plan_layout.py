@@ -76,6 +76,14 @@ def layout_memory(config: RunConfig, parameters: Parameters, layout: Layout, act
     )
 
 
+def configured_bytes(config: RunConfig, gpus: int, activation: float) -> float:
+    """Of one of `gpus` ranks, cut as configured."""
+    train, parallel = config.train, config.parallel
+    cuts = parallel.tensor, parallel.sequence
+    layout = Layout(gpus, parallel.zero, train.micro_batch, train.checkpoint_activations, *cuts)
+    return layout_memory(config, rank_parameters(config, layout.tensor), layout, activation).total
+
+
 def sent_bytes(config: RunConfig, parameters: Parameters, layout: Layout) -> float:
     """What one rank sends in a step. Gradients of linear maps travel in bf16, others and updated weights in fp32."""
     n, steps = layout.copies, micro_steps(config, layout)

@@ -17,7 +17,8 @@ from megaboat.errors import BadInput
 from megaboat.tools.bench_ranks import Failed, NoRoom, Spares
 from megaboat.tools.bench_scale import Bench, chosen, fitting_layers, search, with_layers
 from megaboat.tools.bench_scale_rank import Measured
-from megaboat.tools.bench_scale_table import Case, Compared, planned_bytes, verdict
+from megaboat.tools.bench_scale_table import Compared, verdict
+from megaboat.tools.plan_layout import configured_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TREE = {
@@ -82,7 +83,7 @@ def test_the_search_finds_the_end_on_both_sides(end: int) -> None:
 def test_the_search_begins_where_the_plan_sees_the_end() -> None:
     config = load_config(RunConfig, CONFIGS / "1b.yaml")
     layers = fitting_layers(config, 2, 3, 20e9)
-    bytes_of = [planned_bytes(Case("", 2, with_layers(config, 2, 3, layers + more)), 0.5) for more in (0, 1)]
+    bytes_of = [configured_bytes(with_layers(config, 2, 3, layers + more), 2, 0.5) for more in (0, 1)]
     assert bytes_of[0] <= 20e9 < bytes_of[1]
 
 
