@@ -30,26 +30,25 @@ class Captured:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self) -> None:
-        """Raises what a kernel raises that cannot be captured."""
+        """Raises what a kernel raises that cannot be captured, and MegaboatError where the graph is not the model's.
+
+        What it should give is worked out before: beside its memory there may be no room for a pass without it.
+        """
+        true_nll, truth = self._figures(self._model)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled and libraries find their workspace before
             self._run(self.module)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Not "global", which the thread that watches over NCCL would break.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._nll = self._run(self.module)
         self._graph = graph
-
-    def check(self) -> None:
-        """Raises MegaboatError where loss or gradient is not that of the model."""
-        self.begin()
-        nll, gradient = float(self(self._text_BT.clone())), self._gradient()
-        self.begin()
-        true_nll, truth = float(self._run(self._model)), self._gradient()
-        errors = abs(nll / true_nll - 1), float((gradient - truth).norm() / truth.norm())
+        nll, norms = self._figures(self.module)
+        errors = abs(nll / true_nll - 1), float((norms - truth).norm() / truth.norm())
         if not max(errors) <= ALLOWED:
-            raise MegaboatError(f"the graph is wrong: loss off by {errors[0]:.1e}, gradient by {errors[1]:.1e}")
+            raise MegaboatError(f"the graph is wrong: loss off by {errors[0]:.1e}, gradients by {errors[1]:.1e}")
 
     def begin(self) -> None:
         """Before the first micro-batch of a step: the gradients are zero, and those of the model's parameters."""
@@ -60,20 +59,23 @@ class Captured:
     def __call__(self, text_BT: Tensor) -> Tensor:
         """The sum of negative log-likelihoods on T + 1 tokens a row; its gradient times `scale` is added."""
         self._text_BT.copy_(text_BT)
-        if self._graph is None:
-            return self._run(self.module)
-        self._graph.replay()
-        return self._nll
+        return self._run(self.module)
 
     def _run(self, module: SeqBoat) -> Tensor:
+        """Replay the graph, or go through `module` where there is none yet."""
+        if self._graph is not None:
+            self._graph.replay()
+            return self._nll
         tokens_BT, targets_BT = self._text_BT[:, :-1], self._text_BT[:, 1:].contiguous()
         with torch.autocast(self._text_BT.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
             nll = module(tokens_BT, self._docs, targets_BT).nll
         (nll * self._scale).backward()
         return nll.detach()
 
-    def _gradient(self) -> Tensor:
-        return torch.cat([gradient.flatten() for gradient in self._gradients])
+    def _figures(self, module: SeqBoat) -> tuple[float, Tensor]:
+        """On the text at hand, the loss and each gradient's norm."""
+        self.begin()
+        return float(self._run(module)), torch.stack(torch._foreach_norm(self._gradients))
 
 
 def _on_the_memory_of(model: SeqBoat) -> SeqBoat:

@@ -34,7 +34,7 @@ GROUPS = {
     "windowed attention": r"flash|fmha",
     "matrix products": r"nvjet|gemm|cutlass|splitK",
     "EMA": r"ema_(fwd|bwd)|pack_resets",
-    "configurator, plan, gathers": r"margin_|gather_rows|flag_kernel|[sS]can|index_",
+    "configurator, plan, gathers": r"margin_|gather_rows|place_|flag_kernel|[sS]can|index_",
     "join of a layer's paths": r"join_",
     "layer norm": r"norm_(fwd|bwd)",
     "gates, SiLU": r"gate_|silu",

@@ -306,7 +306,6 @@ def _graphed(engine: Engine, config: RunConfig, case: Case, ranks: Ranks) -> Ste
     graph = Captured(engine.module, docs, 1 / (rows * length), config.train.precision == "bf16")
     with forced(graph.module, micro_batch * length, *case[:2], ranks.device):
         graph.capture()
-    graph.check()
 
     def step(engine: Engine, config: RunConfig, ranks: Ranks) -> tuple[float, float | None]:
         graph.begin()

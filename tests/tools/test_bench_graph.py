@@ -43,7 +43,6 @@ def test_gradients_are_the_model_s(recomputed: str, device: str) -> None:
     graph = Captured(model, docs, SCALE, bf16=device == "cuda")
     if device == "cuda":
         graph.capture()
-    graph.check()
     for text, expected in zip(texts, truth, strict=True):
         graph.begin()
         graph(text)
