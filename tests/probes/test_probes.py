@@ -1,6 +1,9 @@
-"""The table is whole, and names nothing that is gone."""
+"""The table is whole, names nothing that is gone, and its verdicts are those of the tests."""
 
-from tests.probes.__main__ import absent, count_of
+import subprocess
+import sys
+
+from tests.probes.__main__ import ROOT, absent, chosen_of, verdict_of
 from tests.probes.table import PROBES
 
 
@@ -14,5 +17,28 @@ def test_no_test_is_named_that_was_renamed() -> None:
     assert gone == []
 
 
-def test_dots_are_counted() -> None:
-    assert count_of("..s.F   [ 50%]\n.....   [100%]\nfailed: x") == "8 passed, 1 failed, 1 skipped"
+def test_slow_tests_are_asked_where_they_are_named_or_nothing_else_is_there() -> None:
+    is_slow = {"a/t.py::one": False, "a/t.py::two[x]": True, "a/t.py::two[y]": True, "b/u.py::one": True}
+    assert chosen_of("a/t.py", is_slow) == {"a/t.py::one"}
+    assert chosen_of("a/t.py::two", is_slow) == {"a/t.py::two[x]", "a/t.py::two[y]"}
+    assert chosen_of("a", is_slow) == {"a/t.py::one"}
+    assert chosen_of("b", is_slow) == {"b/u.py::one"}
+    assert chosen_of("a/t.py::on", is_slow) == set()
+
+
+def test_nothing_passed_is_no_answer() -> None:
+    assert verdict_of(["passed", "skipped", "passed"]) == ("2 passed, 1 skipped", True)
+    assert verdict_of(["passed", "failed"]) == ("1 passed, 1 failed", False)
+    assert verdict_of(["skipped"]) == ("1 skipped", False)
+    assert verdict_of(["passed", "not run"]) == ("1 passed, 1 not run", False)
+    assert verdict_of([]) == ("no test", False)
+
+
+def test_some_are_asked_in_one_session() -> None:
+    command = [sys.executable, "-m", "tests.probes", "--only", "5", "12"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[1:]] == ["5", "12"], done.stdout
+    assert all(line.endswith("| passed |") for line in lines[1:])
+    assert "passed; " in lines[2]
+    assert done.returncode == 0
