@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 150
 # A run without an end, whose losses do not depend on where that would be. Another order of sums is another rounding,
-# which AdamW carries on in proportion to the rate: at 1e-2 it had grown to 1.2e-5 of a loss after 870 steps, and how many
-# steps fit between two stops is the machine's affair. A step lost or done twice moves the loss a hundred times as much.
+# which AdamW carries on in proportion to the rate: at 1e-2 it had grown to 1.2e-5 of a loss after 870 steps, and how
+# many fit between two stops is the machine's affair. A step lost or done twice moves the loss a hundred times as much.
 ENDLESS = {
     "train__steps": 1_000_000,
     "train__save_every": 0,
