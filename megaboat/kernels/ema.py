@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 32  # C multiply-adds a token in one product against a longer carry loop; 32 was fastest on x86 at D = 256
+LONG_CHUNK = 128  # where each step of that loop costs launches, not work
 
 
 def ema(
@@ -24,13 +25,16 @@ def ema(
 ) -> tuple[Tensor, Tensor]:
     """`reference.ema_recurrence`, then SiLU if `silu`; x_BTD may be bf16, state and coefficients are fp32 or fp64.
 
-    Returns y_BTD in the dtype of x_BTD and the state after each row's last token, (B, D, N).
+    Returns y_BTD in the dtype of x_BTD and the state after each row's last token, (B, D, N). Complex coefficients have
+    no kernel of their own: plain torch on GPUs too, where the host waits several times a layer.
     """
     if x_BTD.is_cuda and x_BTD.shape[1] > 0 and decay_DN.dtype == torch.float32 and x_BTD.dtype != torch.float64:
         from megaboat.kernels.ema_triton import ema_triton  # triton comes with CUDA builds of torch only
 
         return ema_triton(x_BTD, decay_DN, weight_DN, skip_D, first_BT, state_BDN, silu)
-    y_BTD, state_BDN = ema_chunked(x_BTD.to(decay_DN.dtype), decay_DN, weight_DN, skip_D, first_BT, state_BDN)
+    chunk = LONG_CHUNK if x_BTD.is_cuda else CHUNK
+    precise_BTD = x_BTD.to(decay_DN.dtype.to_real())
+    y_BTD, state_BDN = ema_chunked(precise_BTD, decay_DN, weight_DN, skip_D, first_BT, state_BDN, chunk)
     y_BTD = y_BTD.to(x_BTD.dtype)
     return (torch.nn.functional.silu(y_BTD) if silu else y_BTD), state_BDN
 
@@ -48,20 +52,25 @@ def ema_chunked(
     B, T, D = x_BTD.shape
     N = decay_DN.shape[1]
     if state_BDN is None:
-        state_BDN = x_BTD.new_zeros(B, D, N)
+        state_BDN = decay_DN.new_zeros(B, D, N)
     pieces = _cut(B, T, first_BT, chunk, x_BTD.device)
     lags = torch.arange(chunk + 1, device=x_BTD.device, dtype=x_BTD.dtype)
-    smallest = torch.finfo(decay_DN.dtype).tiny
-    power_DNC = torch.exp(decay_DN.clamp_min(smallest).log()[..., None] * lags)  # decay^0 .. decay^C
-    kernel_DC = torch.einsum("dn,dnc->dc", weight_DN, power_DNC[..., :chunk])
+    power_DNC = torch.exp(_log(decay_DN)[..., None] * lags)  # decay^0 .. decay^C
+    kernel_DC = torch.einsum("dn,dnc->dc", weight_DN, power_DNC[..., :chunk]).real
 
     x_XD = x_BTD.reshape(B * T, D)
     y_DCP = _toeplitz(kernel_DC) @ _gather(x_XD, pieces.from_start)
-    sum_DNP = power_DNC[..., :chunk].flip(-1) @ _gather(x_XD, pieces.from_end)
+    sum_DNP = power_DNC[..., :chunk].flip(-1) @ _gather(x_XD, pieces.from_end).to(power_DNC.dtype)
     arriving_PDN, state_BDN = _carry(sum_DNP.permute(2, 0, 1), power_DNC, pieces, state_BDN)
-    y_DCP = y_DCP + (weight_DN[..., None] * power_DNC[..., 1:]).transpose(1, 2) @ arriving_PDN.permute(1, 2, 0)
+    kept_DCP = (weight_DN[..., None] * power_DNC[..., 1:]).transpose(1, 2) @ arriving_PDN.permute(1, 2, 0)
+    y_DCP = y_DCP + kept_DCP.real
     y_XD = y_DCP.permute(2, 1, 0).reshape(-1, D)[pieces.slot_X]
     return y_XD.view(B, T, D) + skip_D * x_BTD, state_BDN
+
+
+def _log(decay_DN: Tensor) -> Tensor:
+    """Of a decay that may have become 0, where it is real."""
+    return decay_DN.log() if decay_DN.is_complex() else decay_DN.clamp_min(torch.finfo(decay_DN.dtype).tiny).log()
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,20 @@ def ema_recurrence(
 ) -> tuple[Tensor, Tensor]:
     """Damped exponential moving average, one step of time after another.
 
-        s_t = [not first_t] decay * s_{t-1} + x_t          y_t = sum_n weight_n s_{t,n} + skip * x_t
+        s_t = [not first_t] decay * s_{t-1} + x_t          y_t = Re sum_n weight_n s_{t,n} + skip * x_t
 
     `first_BT` (bool) marks tokens that start a document: the state before them is zero. `state_BDN` is s before the
-    row's first token (None: zero). Returns y_BTD and s after the last token.
+    row's first token (None: zero). Returns y_BTD and s after the last token, complex where decay and weight are.
     """
     B, T, D = x_BTD.shape
     N = decay_DN.shape[1]
-    s_BDN = x_BTD.new_zeros(B, D, N) if state_BDN is None else state_BDN
+    s_BDN = decay_DN.new_zeros(B, D, N) if state_BDN is None else state_BDN
     y = []
     for t in range(T):
         if first_BT is not None:
             s_BDN = torch.where(first_BT[:, t, None, None], torch.zeros_like(s_BDN), s_BDN)
         s_BDN = decay_DN * s_BDN + x_BTD[:, t, :, None]
-        y.append((weight_DN * s_BDN).sum(-1) + skip_D * x_BTD[:, t])
+        y.append((weight_DN * s_BDN).sum(-1).real + skip_D * x_BTD[:, t])
     return torch.stack(y, dim=1), s_BDN
 
 

@@ -1,4 +1,4 @@
-"""The linear state-space layer that sees every token: MD-EMA (MEGA, section 3.2), and S4D-Real behind its interface."""
+"""The linear state-space layer that sees every token: MD-EMA (MEGA, section 3.2), and S4D behind its interface."""
 
 from collections.abc import Callable
 
@@ -74,4 +74,51 @@ class S4DReal(DampedEMA):
         return 1 - spent_DN, self.readout * spent_DN / rate_DN
 
 
-SSMS = {"ema": DampedEMA, "s4d-real": S4DReal}
+class S4DLin(DampedEMA):
+    """A diagonal state-space model with N / 2 pairs of complex poles, which remember phases: S4D-Lin (Gu et al. 2022).
+
+        h' = (-rate + i frequency) h + x    y_t = SiLU( 2 Re sum_k readout_k h_t,k + skip x_t )
+
+    Poles start at -1/2 + i pi n with n = 0 .. N/2 - 1, steps as in S4D-Real. The state is as large as that of N real
+    ones: real and imaginary part of each, side by side.
+    """
+
+    def __init__(self, width: int, order: int) -> None:
+        super().__init__(width, order)
+        for name in ("smoothing", "damping", "expansion", "projection"):
+            delattr(self, name)
+        self.log_rate = nn.Parameter(torch.empty(width, order // 2))
+        self.frequency = nn.Parameter(torch.empty(width, order // 2))
+        self.log_step = nn.Parameter(torch.empty(width))
+        self.readout = nn.Parameter(torch.empty(width, order // 2, 2))
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """decay and weight (D, N / 2), complex; decay - 1 without the digits that the difference would lose."""
+        step_D1, rate_DP = self.log_step.exp()[:, None], self.log_rate.exp()
+        shrunk_DP, angle_DP = torch.exp(-step_D1 * rate_DP), step_D1 * self.frequency
+        gained_DP = torch.expm1(-step_D1 * rate_DP) * angle_DP.cos() - 2 * (angle_DP / 2).sin().square()
+        turned_DP = shrunk_DP * angle_DP.sin()
+        held_DP = torch.complex(gained_DP, turned_DP) / torch.complex(-rate_DP, self.frequency)
+        decay_DP = torch.complex(shrunk_DP * angle_DP.cos(), turned_DP)
+        return decay_DP, 2 * torch.view_as_complex(self.readout) * held_DP
+
+    def forward(self, x_BTD: Tensor, first_BT: Tensor, state_BDN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns y_BTD and the state after each row's last token."""
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            state_BDP = None if state_BDN is None else _as_complex(state_BDN)
+            y_BTD, state_BDP = kernels.ema(x_BTD, *self.coefficients(), self.skip, first_BT, state_BDP, silu=True)
+        return y_BTD, torch.view_as_real(state_BDP).flatten(-2)
+
+    def step(self, x_BD: Tensor, state_BDN: Tensor) -> tuple[Tensor, Tensor]:
+        """One token of each row: y_BD and the next state."""
+        with torch.autocast(x_BD.device.type, enabled=False):
+            x_B1D, state_BDP = x_BD[:, None].to(state_BDN.dtype), _as_complex(state_BDN)
+            y_B1D, state_BDP = ema_recurrence(x_B1D, *self.coefficients(), self.skip, state_BDN=state_BDP)
+        return nn.functional.silu(y_B1D[:, 0].to(x_BD.dtype)), torch.view_as_real(state_BDP).flatten(-2)
+
+
+def _as_complex(state_BDN: Tensor) -> Tensor:
+    return torch.view_as_complex(state_BDN.unflatten(-1, (-1, 2)).contiguous())
+
+
+SSMS = {"ema": DampedEMA, "s4d-real": S4DReal, "s4d-lin": S4DLin}

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megaboat import kernels
 from megaboat.layers.configurator import Configurator, Routing, initial_log_temperature
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import DampedEMA, S4DReal
+from megaboat.layers.ema import DampedEMA, S4DLin, S4DReal
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.norm import LayerNorm
 from megaboat.layers.precision import to_compute_dtype
@@ -190,6 +190,7 @@ def initialize(model: SeqBoat, seed: int) -> None:
     | configurator temperature                   | temperature_scale * sqrt(width)        |
 
     S4D-Real, in the average's place: rates 1 .. N, steps log-uniform in 0.001 .. 0.1, readout N(0, 1), skip TN(1).
+    S4D-Lin: the same but for rates 1/2, frequencies 0, pi, 2 pi, ... and a complex readout of variance 1.
     """
     generator = torch.Generator(device=model.embedding.weight.device).manual_seed(seed)
     for module in model.modules():
@@ -219,6 +220,13 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
             module.log_rate.copy_(states.log().expand_as(module.log_rate))
             module.log_step.uniform_(math.log(1e-3), math.log(1e-1), generator=generator)
             module.readout.normal_(0, 1, generator=generator)
+            truncated(module.skip, 1.0)
+        case S4DLin():
+            pairs = torch.arange(module.order // 2, device=module.log_rate.device)
+            module.log_rate.fill_(math.log(0.5))
+            module.frequency.copy_((math.pi * pairs).expand_as(module.frequency))
+            module.log_step.uniform_(math.log(1e-3), math.log(1e-1), generator=generator)
+            module.readout.normal_(0, 0.5**0.5, generator=generator)
             truncated(module.skip, 1.0)
         case DampedEMA():
             truncated(module.smoothing, 0.2)

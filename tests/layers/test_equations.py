@@ -8,7 +8,7 @@ from torch.func import functional_call
 from megaboat.kernels import plan_rows
 from megaboat.layers.configurator import Configurator
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import DampedEMA, S4DReal
+from megaboat.layers.ema import DampedEMA, S4DLin, S4DReal
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.model.block import SeqBoatBlock
 from megaboat.model.build import build_model
@@ -78,6 +78,27 @@ def test_s4d_real_is_a_held_input_through_an_exact_exponential() -> None:
             expected_TD[t, j] = w["readout"][j] @ h + w["skip"][j] * float(x_BTD[0, t, j])
     y_BTD, _ = ssm(x_BTD, docs.first_BT)
     np.testing.assert_allclose(y_BTD[0].detach().numpy(), naive.silu(expected_TD), **AGREE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_s4d_lin_is_a_held_input_through_the_exponential_of_a_rotation(layout: list[list[int]]) -> None:
+    """Each pair of poles as the real system [[-rate, -frequency], [frequency, -rate]], solved with x held."""
+    ssm, docs = naive.randomize(S4DLin(3, 4), 1), pack(layout)
+    x_BTD = gaussian(*docs.shape, 3)
+    y_BTD, _ = ssm(x_BTD, docs.first_BT)
+    w = naive.weights(ssm)
+    for x_TD, y_TD in zip(documents_of(layout, x_BTD), documents_of(layout, y_BTD.detach()), strict=True):
+        expected_TD = w["skip"] * np.asarray(x_TD)
+        for j in range(3):
+            for k in range(2):
+                rate, turn = np.exp(w["log_rate"][j, k]), w["frequency"][j, k]
+                system = torch.tensor([[-rate, -turn, 1], [turn, -rate, 0], [0, 0, 0]], dtype=torch.float64)
+                flow = torch.linalg.matrix_exp(np.exp(w["log_step"][j]) * system).numpy()
+                h = np.zeros(2)
+                for t in range(len(x_TD)):
+                    h = flow[:2] @ [*h, float(x_TD[t][j])]
+                    expected_TD[t, j] += 2 * (w["readout"][j, k, 0] * h[0] - w["readout"][j, k, 1] * h[1])
+        np.testing.assert_allclose(y_TD, naive.silu(expected_TD), **AGREE)
 
 
 @pytest.mark.parametrize("modules", [1, 3])

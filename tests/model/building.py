@@ -14,6 +14,7 @@ STYLES = {
     "scaled": {"block": "scaled", "heads": 2, "ffn_dim": 64},
     "two-modules": {"block": "paper", "modules": 2},
     "s4d-real": {"block": "paper", "ssm": "s4d-real"},
+    "s4d-lin": {"block": "paper", "ssm": "s4d-lin"},
 }
 
 

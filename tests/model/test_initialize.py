@@ -155,3 +155,13 @@ def test_s4d_real_starts_with_long_memories() -> None:
     assert 0.099 < step_D.max() <= 0.1
     assert ssm.log_step.mean().item() == pytest.approx(math.log(0.01), abs=0.1)
     normal(1.0)(ssm.readout)
+
+
+def test_s4d_lin_starts_with_long_memories_of_many_phases() -> None:
+    model = build_model(SeqBoatConfig(ssm="s4d-lin", vocab_size=50, layers=1, width=1024, ema_order=6), 0)
+    ssm = model.blocks[0].ema
+    decay_DP, _ = ssm.coefficients()
+    poles_DP = decay_DP.log() / ssm.log_step.exp()[:, None]
+    torch.testing.assert_close(poles_DP.real, torch.full((1024, 3), -0.5), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(poles_DP.imag, (math.pi * torch.arange(3)).expand(1024, 3), rtol=1e-4, atol=1e-4)
+    assert torch.view_as_complex(ssm.readout).abs().square().mean().item() == pytest.approx(1, rel=0.05)

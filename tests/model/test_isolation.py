@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import S4DReal
+from megaboat.layers.ema import DampedEMA
 from megaboat.model.seqboat import SeqBoat
 from tests.model.building import STYLES, decisions, logits, pack, read, small_model, text_rows, tolerance
 
@@ -32,7 +32,7 @@ def flagged_model(dtype: torch.dtype, **changes: object) -> SeqBoat:
             branch.weight[:2] = 0
             if branch.bias is not None:
                 branch.bias[:2] = 0
-        (block.ema.readout if isinstance(block.ema, S4DReal) else block.ema.projection)[:2] = 0
+        (block.ema.projection if type(block.ema) is DampedEMA else block.ema.readout)[:2] = 0
         block.ema.skip[:2] = 1
         block.sma.configurator.logits.weight[1::2, 0] += 20
         block.sma.configurator.logits.weight[1::2, 1] -= 20

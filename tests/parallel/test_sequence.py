@@ -98,6 +98,7 @@ def test_traffic_by_hand() -> None:
         ({"data": {"seq_len": 50}}, r"rows of 50 tokens cannot be cut into parallel.sequence 4 equal pieces"),
         ({"data": {"seq_len": 64, "row_len": 2}}, r"rows of 2 tokens cannot be cut into parallel.sequence 4"),
         ({"model": {"family": "llama"}}, "parallel.sequence 4 is for model.family seqboat"),
+        ({"model": {"ssm": "s4d-lin"}}, "hands on real states, and model.ssm s4d-lin has none"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(tree: dict, wrong: str) -> None:
