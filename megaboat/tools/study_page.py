@@ -202,6 +202,8 @@ def _share(value: float) -> str:
 
 
 def _interval(interval: Interval, form: str) -> str:
+    if not math.isfinite(interval.mean):
+        return "-"
     if not math.isfinite(interval.low):
         return form.format(interval.mean)
     return f"{form.format(interval.mean)} \N{PLUS-MINUS SIGN} {form.format(interval.high - interval.mean)}"

@@ -11,7 +11,7 @@ from megaboat.tools.report_page import table_html
 from megaboat.tools.report_style import LIGHT, Theme, dress, headline, legend, new_figure
 from megaboat.tools.study_data import Findings, Group, Result
 
-SECONDS = (5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
+SECONDS = (5, 10, 15, 20, 30, 45, 60, 90, 120, 300, 600, 1800, 3600)
 POINTS = 100  # of a drawn line
 
 CAPTION = (
