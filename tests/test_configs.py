@@ -85,7 +85,7 @@ def leaves(kind: type[BaseModel]) -> int:
 def test_options_stay_few() -> None:
     from megaboat.model.config import LlamaConfig, SeqBoatConfig
 
-    assert leaves(RunConfig) + leaves(SeqBoatConfig) + leaves(LlamaConfig) <= 80
+    assert leaves(RunConfig) + leaves(SeqBoatConfig) + leaves(LlamaConfig) <= 81
 
 
 def written_keys(tree: dict[str, Any], prefix: str = "") -> set[str]:

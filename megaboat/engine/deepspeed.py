@@ -103,9 +103,9 @@ class Engine:
             assert isinstance(model, SeqBoat), "and an exchange of rows"
             exchange.join(model, ranks.neighbours(config.balance.exchange))
         groups = parameter_groups(model, config.optim.weight_decay)
-        optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=ranks.device.type == "cuda"
-        )
+        self._offloads = config.parallel.offload == "optimizer"
+        fused = ranks.device.type == "cuda" or self._offloads
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=fused)
         self.stage = config.parallel.zero
         self._clip = config.optim.clip
         self.names = dict(model.named_parameters())
@@ -164,6 +164,11 @@ class Engine:
             self._engine.set_gradient_accumulation_boundary(False)
             self._engine.step()
             self._engine.set_gradient_accumulation_boundary(None)
+            return
+        if self._offloads:  # there it is a norm that ZeRO looks at
+            norms = self._optimizer.norm_for_param_grads
+            norms |= dict.fromkeys(norms, torch.tensor(torch.inf))
+            self._engine.step()
             return
         gradients = [part for parts in self._optimizer.averaged_gradients.values() for part in parts or []]
         for part in gradients:
@@ -294,7 +299,14 @@ def _settings(config: RunConfig, micro_steps: int) -> dict[str, Any]:
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": config.optim.clip if config.parallel.zero else 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": config.parallel.zero},
+        "zero_optimization": {
+            "stage": config.parallel.zero,
+            "offload_optimizer": {
+                "device": "cpu" if config.parallel.offload == "optimizer" else "none",
+                "pin_memory": True,
+            },
+        },
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
         # Its stopwatch would hold the host until the device is idle, before each micro-batch and after it.
         "timers": {"throughput": {"enabled": False}},
         "torch_autocast": {

@@ -84,6 +84,15 @@ class ParallelConfig(Section):
     """Ranks that hold one copy of the model together, cut by heads, hidden channels and vocabulary; neighbours."""
     sequence: int = pydantic.Field(1, gt=0)
     """Copies of the model that share each row, cut into equal pieces: for rows that one GPU cannot hold."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: AdamW's moments and the weights that it updates lie in the host's memory, and its processors do the
+    update: 12 bytes a parameter, dealt over the ranks as zero (1 to 3) says, leave the GPUs, for a slower step."""
+
+    @pydantic.model_validator(mode="after")
+    def _zero_offloads(self) -> "ParallelConfig":
+        if self.offload != "none" and self.zero == 0:
+            raise ValueError("offload optimizer needs zero 1, 2 or 3")
+        return self
 
 
 class RunConfig(Section):

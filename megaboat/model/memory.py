@@ -117,14 +117,17 @@ def training_memory(
     bf16: bool = True,
     tensor: int = 1,
     elementwise: bool = False,
+    offload: bool = False,
 ) -> Memory:
     """Of one rank that holds `parameters` and puts `tokens` through the model at a time, `data` ranks sharing states.
 
     activation: share of tokens that are active in each module; memory must be there for the worst case, 1.0.
+    offload: the optimizer's part is in the host's memory.
     """
     s, P = 2 if bf16 else 4, parameters.total
-    held = 2 * P / data if zero == 3 else P  # DeepSpeed 0.19.8 was seen to hold ZeRO-3's part twice
-    master = P / data if zero in (1, 2) else 0.0
+    held = P / data if zero == 3 else P
+    master = P / data if zero else 0.0  # what AdamW updates; under ZeRO-3 too DeepSpeed 0.19.8 was seen to copy it
+    states = 8 * P / (data if zero else 1) + 4 * master
     gradients = P / data if zero >= 2 else float(P)
     layer = _layer(config, s, tokens, activation, tensor)
     kept = kept_bytes(config, tokens, activation, checkpointing, s, tensor, elementwise)
@@ -138,11 +141,11 @@ def training_memory(
     chunks, head = _loss(config, s, tokens, tensor)
     logits = head + max(0.0, chunks - passing - (layer if checkpointing else 0))
     # When a step begins, activations are gone and ZeRO 1 and 2 copy the part of the gradient that is theirs.
-    late = max(0.0, 4 * P / data - activations - logits) if zero in (1, 2) else 0.0
+    late = max(0.0, 4 * P / data - activations - logits) if zero in (1, 2) and not offload else 0.0
     return Memory(
         parameters=4 * held,
         gradients=4 * gradients,
-        optimizer=8 * P / (data if zero else 1) + 4 * master,
+        optimizer=0.0 if offload else states,
         activations=activations,
         logits=logits,
         buffers=_buffers(parameters, config.layers, zero, data) + late,

@@ -240,7 +240,9 @@ def _largest_models(config: RunConfig, bench: Bench) -> None:
 
 def _largest(config: RunConfig, gpus: int, room: float, bench: Bench) -> None:
     """Grow the model by layers until it does not fit, from where the plan sees the end."""
-    grown = {zero: fitting_layers(config, gpus, zero, room) for zero in (0, 1, 2, 3)}
+    grown = {
+        zero: fitting_layers(config, gpus, zero, room) for zero in range(config.parallel.offload == "optimizer", 4)
+    }
     zero = 3 if gpus > 1 else max(grown, key=lambda stage: (grown[stage], -stage))
     tried: dict[int, Compared | Failed] = {}
 

@@ -73,6 +73,7 @@ def layout_memory(config: RunConfig, parameters: Parameters, layout: Layout, act
         elementwise=config.train.recompute_elementwise and not layout.checkpointing,
         bf16=config.train.precision == "bf16",
         tensor=layout.tensor,
+        offload=config.parallel.offload == "optimizer" and layout.zero > 0,
     )
 
 

@@ -50,6 +50,18 @@ def test_equals_one_process(one_process: Trace, tmp_path: Path, layout: Layout) 
     assert found.is_none(), found
 
 
+OFFLOADED = [Layout(2, 1, 1, 2), Layout(1, 2, 2, 1, True), Layout(2, 1, 3, 2)]
+
+
+@pytest.mark.parametrize(
+    "layout", [OFFLOADED[0], *(pytest.param(layout, marks=pytest.mark.slow) for layout in OFFLOADED[1:])], ids=str
+)
+def test_an_optimizer_on_the_host_takes_the_same_steps(one_process: Trace, tmp_path: Path, layout: Layout) -> None:
+    traces = run_on_ranks(train, layout.ranks, layout.config(tmp_path, parallel__offload="optimizer"))
+    found = difference(traces, one_process, layout)
+    assert found.is_none(), found
+
+
 def test_the_matrix_covers_every_pair_that_four_ranks_allow() -> None:
     possible = [layout for layout in map(Layout._make, product(*CHOICES.values())) if layout.ranks <= 4]
     pairs = [
@@ -69,11 +81,23 @@ def reload(ranks: Ranks, config: RunConfig, moments: dict[str, Tensor]) -> tuple
     return found, updates, float(ranks.sum(squares)) if config.parallel.zero else float(squares)
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 1, 0), Layout(2, 1, 1), Layout(2, 1, 2), Layout(2, 1, 3)], ids=str)
-def test_moments_enter_and_leave_unchanged(one_process: Trace, tmp_path: Path, layout: Layout) -> None:
+@pytest.mark.parametrize(
+    ("layout", "offload"),
+    [
+        (Layout(1, 1, 0), "none"),
+        (Layout(2, 1, 1), "none"),
+        (Layout(2, 1, 2), "none"),
+        (Layout(2, 1, 3), "none"),
+        (Layout(2, 1, 1), "optimizer"),
+        (Layout(2, 1, 3), "optimizer"),
+    ],
+    ids=str,
+)
+def test_moments_enter_and_leave_unchanged(one_process: Trace, tmp_path: Path, layout: Layout, offload: str) -> None:
+    config = layout.config(tmp_path, parallel__offload=offload)
     first = [tensor for name, tensor in one_process.moments.items() if name.startswith("exp_avg.")]
     expected = float(sum(tensor.double().square().sum() for tensor in first))
-    for found, updates, squares in run_on_ranks(reload, layout.ranks, layout.config(tmp_path), one_process.moments):
+    for found, updates, squares in run_on_ranks(reload, layout.ranks, config, one_process.moments):
         torch.testing.assert_close(found, one_process.moments, rtol=0, atol=0)
         assert updates == 7
         assert squares == pytest.approx(expected, rel=1e-6), "AdamW does not hold what was loaded"

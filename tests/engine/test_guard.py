@@ -213,10 +213,14 @@ def skip_between(ranks: Ranks, config: RunConfig, kinds: str) -> list[Tensor]:
     return [tensor.clone() for _, tensor in [*engine.weights(), *engine.moments()]]
 
 
-@pytest.mark.parametrize(("size", "zero"), LAYOUTS, ids=IDS)
-def test_a_skipped_step_leaves_no_trace(dataset_folder: Path, tmp_path: Path, size: int, zero: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "zero", "offload"), [*((*layout, "none") for layout in LAYOUTS), (2, 2, "optimizer"), (2, 3, "optimizer")]
+)
+def test_a_skipped_step_leaves_no_trace(
+    dataset_folder: Path, tmp_path: Path, size: int, zero: int, offload: str
+) -> None:
     """Bit for bit: neither in weights and moments, nor in what accumulates gradients over micro-batches."""
-    changes = {"parallel__zero": zero, "train__micro_batch": 1, "model__vocab_size": 64}
+    changes = {"parallel__zero": zero, "parallel__offload": offload, "train__micro_batch": 1, "model__vocab_size": 64}
     config = tiny_config(dataset_folder, tmp_path, **changes)
     skipped, left_out = (run_on_ranks(skip_between, size, config, kinds)[0] for kinds in ("ususu", "uouou"))
     for ours, theirs in zip(skipped, left_out, strict=True):

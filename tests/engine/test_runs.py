@@ -84,14 +84,22 @@ def test_more_ranks_give_the_same_run(
 
 
 def test_resumes_at_another_layout(tmp_path: Path) -> None:
-    """One undisturbed curve on the same windows, whatever ranks share: data, the model, rows, ZeRO's states."""
+    """One undisturbed curve on the same windows, whatever ranks share: data, the model, rows, ZeRO's states, and where
+    the optimizer lies."""
     texts = write_jsonl(tmp_path / "texts.jsonl", real_texts(5, max_chars=6000))
     prepare(Request({"train": [texts]}, "bytes+eos", tmp_path / "tokens", PrepareOptions(val_per_10k=0)))
     # The only schedule that does not know the last step; heads and a vocabulary for four ranks a copy.
     same = {"optim__schedule": "constant", "optim__warmup": 0.0, "model__heads": 4, "model__vocab_size": 260}
-    layouts = ((8, 2, 2, 1, 1), (12, 1, 1, 1, 3), (15, 4, 1, 1, 2), (18, 1, 4, 1, 1), (20, 1, 1, 2, 2))
-    for until, data, tensor, sequence, zero in layouts:
+    layouts = (
+        (8, 2, 2, 1, 1, "none"),
+        (12, 1, 1, 1, 3, "optimizer"),
+        (15, 4, 1, 1, 2, "none"),
+        (18, 1, 4, 1, 1, "optimizer"),
+        (20, 1, 1, 2, 2, "none"),
+    )
+    for until, data, tensor, sequence, zero, offload in layouts:
         parallel = {"parallel__zero": zero, "parallel__tensor": tensor, "parallel__sequence": sequence}
+        parallel["parallel__offload"] = offload
         changes = same | parallel | {"train__steps": until, "train__micro_batch": 1}
         size = data * tensor * sequence
         config = tiny_config(tmp_path / "tokens", tmp_path / "moved", **changes)
