@@ -55,7 +55,8 @@ class _MixedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1] and used is None:
             dweight_ED = _wide_product(dout_XE.T, x_XD)
         elif ctx.needs_input_grad[1]:
-            some = used.clamp_min(1)  # a sum over no rows might be left unwritten; the first one is zero then
+            # Of no rows some devices make no zero (pytorch issue 172439); the first row's gradient is zero then.
+            some = used.clamp_min(1)
             dweight_ED = F.grouped_mm(dout_XE.T, x_XD, offs=some)[0].float()
         return dx, dweight_ED, _column_sum(dout_XE) if ctx.has_bias else None, None
 

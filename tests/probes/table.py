@@ -164,7 +164,7 @@ PROBES = [
         27,
         "a profiler trace that opens; no host sync beyond the stated one",
         (f"{ENGINE}/test_profile.py::test_a_trace_of_the_steps_asked_for",),
-        gpu="host syncs",
+        gpu="tests/engine/test_capacity.py -m gpu",
     ),
     Probe(28, "the tests pass on CPU", ("tests/test_readme.py::test_the_second_command_passes",), gpu="tests -m gpu"),
     Probe(

@@ -27,7 +27,7 @@ class LayerSums(NamedTuple):
     near_LM: np.ndarray
     """Margins within 1e-3 of the threshold: decisions that another rounding would flip."""
     dropped_LM: np.ndarray
-    """Tokens over their threshold that the capacity turned away."""
+    """Tokens over their threshold that a capacity turned away, be it `balance.capacity` or `train.capacity`."""
     span_LM: np.ndarray
     """Tokens from each active one back to the oldest that it attends to."""
     confidence_LM: np.ndarray
