@@ -96,6 +96,17 @@ def test_fixed_rows_are_the_worst_case(config: RunConfig, capsys: pytest.Capture
     assert "at activation 1; " not in said
 
 
+def test_an_offloaded_optimizer_leaves_the_gpu_alone(config: RunConfig) -> None:
+    parameters = rank_parameters(config, 1)
+    parallel = config.parallel.model_copy(update={"offload": "optimizer"})
+    offloaded = config.model_copy(update={"parallel": parallel})
+    for zero in (1, 2, 3):
+        here, there = (layout_memory(one, parameters, Layout(8, zero, 2, True), 1.0) for one in (config, offloaded))
+        assert here.optimizer == 12 * parameters.total / 8
+        assert there.optimizer == 0
+        assert there.total <= here.total - here.optimizer
+
+
 def test_more_gpus_than_rows_share_rows_or_models(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     layout = recommend(config, 512, GPUS["H200"], 0.4)
     assert layout is not None
