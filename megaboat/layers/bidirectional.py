@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from megaboat import kernels
 from megaboat.kernels import ActiveRows
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import DampedEMA
+from megaboat.layers.ema import SSMS
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.memory import WorkingMemory
 
@@ -17,11 +17,14 @@ UNSEEN = -1e30  # no infinity: rows of padding see nothing, and their softmax wo
 
 
 class BidirectionalEMA(nn.Module):
-    """y_t = SiLU( sum_{j<=t} K1[t-j] x_j + sum_{j>=t} K2[j-t] x_j + skip x_t ): lag 0 counts in both sums."""
+    """y_t = SiLU( sum_{j<=t} K1[t-j] x_j + sum_{j>=t} K2[j-t] x_j + skip x_t ): lag 0 counts in both sums.
 
-    def __init__(self, width: int, order: int) -> None:
+    The kernels K are those of the published moving average, or of another layer of `SSMS`.
+    """
+
+    def __init__(self, width: int, order: int, ssm: str = "ema") -> None:
         super().__init__()
-        self.forwards, self.backwards = DampedEMA(width, order), DampedEMA(width, order)
+        self.forwards, self.backwards = SSMS[ssm](width, order), SSMS[ssm](width, order)
         self.backwards.register_parameter("skip", None)
 
     def forward(self, x_BTD: Tensor, kept_BT: Tensor) -> Tensor:

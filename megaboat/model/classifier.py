@@ -31,8 +31,10 @@ class ClassifierConfig(Section):
     """Shared query/key width Z."""
     value_dim: int = pydantic.Field(160, gt=0)
     """Value width E."""
-    ema_order: int = pydantic.Field(16, gt=0, le=64)
-    """States of the moving average a channel and direction (N)."""
+    ssm: Literal["ema", "s4d-real", "s4d-lin"] = "ema"
+    """What every symbol passes in a block of seqboat: the published moving average, or S4D to compare it with."""
+    ema_order: int = pydantic.Field(16, gt=0, le=64, multiple_of=2)
+    """States of the moving average a channel and direction (N); even, for pairs of poles."""
     window: int = pydantic.Field(128, ge=0)
     """An active symbol sees itself and this many active symbols on either side; 0: all of them (SeqBoat-full)."""
     attention: Weighing = "softmax"
@@ -68,7 +70,7 @@ class EncoderBlock(nn.Module):
         width, far = config.width, config.max_length - 1
         self.pre_norm = config.pre_norm
         self.norm = SequenceNorm(config.norm, width)
-        self.ema = BidirectionalEMA(width, config.ema_order)
+        self.ema = BidirectionalEMA(width, config.ema_order, config.ssm)
         self.linear = nn.Linear(width, width)
         unit = BidirectionalGAU(
             width, config.qk_dim, config.value_dim, config.window, far, config.attention, config.bias
@@ -155,7 +157,7 @@ def build_classifier(
 ) -> SeqBoatClassifier:
     """On the default device, every parameter drawn from `seed`: as in the language model, the head by Xavier."""
     model = SeqBoatClassifier(config, symbols, classes, parts)
-    shared = ("layers", "width", "qk_dim", "value_dim", "ema_order", "temperature_scale")
+    shared = ("layers", "width", "qk_dim", "value_dim", "ssm", "ema_order", "temperature_scale")
     like = SeqBoatConfig(block="paper", **{name: getattr(config, name) for name in shared})
     generator = torch.Generator(device=model.out.weight.device).manual_seed(seed)
     for module in model.modules():

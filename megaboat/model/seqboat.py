@@ -204,6 +204,10 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
     def truncated(parameter: Tensor, deviation: float) -> None:
         nn.init.trunc_normal_(parameter, 0.0, deviation, -2 * deviation, 2 * deviation, generator=generator)
 
+    def truncated_skip(ssm: DampedEMA) -> None:
+        if ssm.skip is not None:  # two directions share one
+            truncated(ssm.skip, 1.0)
+
     match module:
         case nn.Embedding():
             module.weight.normal_(0, config.width**-0.5, generator=generator)
@@ -220,14 +224,14 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
             module.log_rate.copy_(states.log().expand_as(module.log_rate))
             module.log_step.uniform_(math.log(1e-3), math.log(1e-1), generator=generator)
             module.readout.normal_(0, 1, generator=generator)
-            truncated(module.skip, 1.0)
+            truncated_skip(module)
         case S4DLin():
             pairs = torch.arange(module.order // 2, device=module.log_rate.device)
             module.log_rate.fill_(math.log(0.5))
             module.frequency.copy_((math.pi * pairs).expand_as(module.frequency))
             module.log_step.uniform_(math.log(1e-3), math.log(1e-1), generator=generator)
             module.readout.normal_(0, 0.5**0.5, generator=generator)
-            truncated(module.skip, 1.0)
+            truncated_skip(module)
         case DampedEMA():
             truncated(module.smoothing, 0.2)
             truncated(module.damping, 0.2)
@@ -235,8 +239,7 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
             module.expansion[:, 0::2] += 1
             module.expansion[:, 1::2] -= 1
             truncated(module.projection, 1.0)
-            if module.skip is not None:  # two directions share one
-                truncated(module.skip, 1.0)
+            truncated_skip(module)
         case Configurator():
             module.center_D.zero_()
             module.threshold_M.zero_()
