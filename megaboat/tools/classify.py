@@ -105,7 +105,8 @@ class Classification:
             metrics = self.update()
             lines.on_step(metrics)
             recent.append((metrics["loss"], metrics["accuracy"]))
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", active=f"{np.mean(metrics['activation_ratio']):.2f}")
+            active = metrics["activation_ratio"]
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", active=f"{np.mean(active):.2f}" if active else "all")
             bar.update()
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 lines.on_evaluation(self.step, self.validate(*np.mean(recent, 0).tolist()))

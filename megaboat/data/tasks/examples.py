@@ -5,13 +5,15 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import pydantic
 from tqdm import tqdm
 
 from megaboat.errors import BadInput, DamagedData
 
+Count = Annotated[int, pydantic.Field(gt=0)]
 SPLITS = ("train", "val", "test")
 Example = tuple[bytes, int]  # what is drawn: a sequence of bytes and its class
 

@@ -10,8 +10,10 @@ import random
 from pathlib import Path
 from typing import Literal
 
+import pydantic
+
 from megaboat.config import Section
-from megaboat.data.tasks.examples import Example, Task, draw_once, open_drawn
+from megaboat.data.tasks.examples import Count, Example, Task, draw_once, open_drawn
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 SYMBOLS = ("<pad>", *map(str, range(10)), *OPERATORS, "]")
@@ -27,12 +29,19 @@ class ListOps(Section):
     """Which task; each has keys of its own."""
     folder: Path = Path("corpora/listops")
     """Where the drawn trees are kept."""
-    counts: tuple[int, int, int] = (96_000, 2_000, 2_000)
+    counts: tuple[Count, Count, Count] = (96_000, 2_000, 2_000)
     """Trees to train on, to validate with, to test with."""
     lengths: tuple[int, int] = (500, 2_000)
     """Trees are longer than the first and shorter than the second."""
     seed: int = 0
     """Of the trees."""
+
+    @pydantic.field_validator("lengths")
+    @classmethod
+    def _some_length_lies_between(cls, lengths: tuple[int, int]) -> tuple[int, int]:
+        if max(4, lengths[0] + 1) >= lengths[1]:  # the smallest operator with its arguments has 4 symbols
+            raise ValueError("no tree is longer than the first and shorter than the second")
+        return lengths
 
     def open(self) -> Task:
         draw_once(self.folder, "listops", self.counts, (*self.lengths, self.seed), _chunk)

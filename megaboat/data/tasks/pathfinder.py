@@ -17,7 +17,7 @@ from typing import Literal
 import pydantic
 
 from megaboat.config import Section
-from megaboat.data.tasks.examples import Example, Task, draw_once, open_drawn
+from megaboat.data.tasks.examples import Count, Example, Task, draw_once, open_drawn
 
 STEP = 3  # the largest distance, along either axis, between one dash's last pixel and the next dash's first
 DASH = 3  # pixels of a dash
@@ -35,7 +35,7 @@ class Pathfinder(Section):
     """Which task; each has keys of its own."""
     folder: Path = Path("corpora/pathfinder")
     """Where the drawn pictures are kept."""
-    counts: tuple[int, int, int] = (160_000, 20_000, 20_000)
+    counts: tuple[Count, Count, Count] = (160_000, 20_000, 20_000)
     """Pictures to train on, to validate with, to test with."""
     size: int = pydantic.Field(32, ge=12)
     """Pixels on either side: 32 as published; 128 is Path-X."""
@@ -45,6 +45,13 @@ class Pathfinder(Section):
     """Shorter paths beside the two long ones, of a third of the dashes, where there is room for them."""
     seed: int = 0
     """Of the pictures."""
+
+    @pydantic.model_validator(mode="after")
+    def _two_paths_find_room(self) -> "Pathfinder":
+        longest = self.size // (DASH + STEP - 1)
+        if self.dashes > longest:
+            raise ValueError(f"two paths of {self.dashes} dashes find no room in {self.size} pixels; at most {longest}")
+        return self
 
     def open(self) -> Task:
         settings = (self.size, self.dashes, self.distractors, self.seed)

@@ -143,6 +143,9 @@ def test_pictures_are_grey_rows_of_pixels(tmp_path: Path) -> None:
         (["task.kind=text"], "task.folder: Field required"),
         (["task.kind=text", "task.folder=x", "task.lenght=5"], "did you mean 'length'"),
         (["task.kind=taste"], "task"),
+        (["task.kind=pathfinder", "task.dashes=10"], "two paths of 10 dashes find no room in 32 pixels; at most 6"),
+        (["task.counts=[4, 0, 4]"], "task.counts"),
+        (["task.lengths=[7, 8]"], "no tree is longer than the first and shorter than the second"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(overrides: list[str], message: str) -> None:
