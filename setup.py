@@ -40,7 +40,13 @@ setup(
             "peft>=0.17",
             "lm_eval>=0.4.9",
         ],  # the clients that tests run exports with; else skipped
-        "test": ["pytest>=8,<10", "hypothesis>=6,<7", "pyarrow>=17", "triton>=3.7; platform_machine == 'x86_64'"],
+        "test": [
+            "pytest>=8,<10",
+            "hypothesis>=6,<7",
+            "pytest-xdist>=3,<4",
+            "pyarrow>=17",
+            "triton>=3.7; platform_machine == 'x86_64'",
+        ],
         "dev": ["ruff==0.17.*", "mypy>=1.15", "pre-commit>=4", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["megaboat=megaboat.cli:main"]},

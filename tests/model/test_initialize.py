@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaboat.layers.ema import S4DLin, S4DReal
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.model.block import SeqBoatBlock
 from megaboat.model.build import build_model
 from megaboat.model.config import SeqBoatConfig
-from megaboat.model.seqboat import SeqBoat, initialize
+from megaboat.model.seqboat import SeqBoat, initialize, initialize_module
 
 WIDTH, SCALE = 256, 0.3
 
@@ -147,8 +148,8 @@ def test_the_style_fills_what_was_not_chosen(
 
 
 def test_s4d_real_starts_with_long_memories() -> None:
-    model = build_model(SeqBoatConfig(ssm="s4d-real", vocab_size=50, layers=1, width=4096, ema_order=5), 0)
-    ssm = model.blocks[0].ema
+    ssm = S4DReal(4096, 5)
+    initialize_module(ssm, SeqBoatConfig(), torch.Generator().manual_seed(0))
     torch.testing.assert_close(ssm.log_rate.exp(), torch.arange(1.0, 6.0).expand(4096, 5))
     step_D = ssm.log_step.exp()
     assert 0.001 <= step_D.min() < 0.00101
@@ -158,8 +159,8 @@ def test_s4d_real_starts_with_long_memories() -> None:
 
 
 def test_s4d_lin_starts_with_long_memories_of_many_phases() -> None:
-    model = build_model(SeqBoatConfig(ssm="s4d-lin", vocab_size=50, layers=1, width=1024, ema_order=6), 0)
-    ssm = model.blocks[0].ema
+    ssm = S4DLin(1024, 6)
+    initialize_module(ssm, SeqBoatConfig(), torch.Generator().manual_seed(0))
     decay_DP, _ = ssm.coefficients()
     poles_DP = decay_DP.log() / ssm.log_step.exp()[:, None]
     torch.testing.assert_close(poles_DP.real, torch.full((1024, 3), -0.5), rtol=1e-3, atol=1e-3)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.probes.__main__ import ROOT, absent, chosen_of, verdict_of
 from tests.probes.table import PROBES
 
@@ -34,6 +36,7 @@ def test_nothing_passed_is_no_answer() -> None:
     assert verdict_of([]) == ("no test", False)
 
 
+@pytest.mark.slow
 def test_some_are_asked_in_one_session() -> None:
     command = [sys.executable, "-m", "tests.probes", "--only", "5", "12"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
