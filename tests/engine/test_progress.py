@@ -17,7 +17,7 @@ def test_lines_now_and_then_and_at_the_end(seconds: float, lines: int, capsys: p
     hook.on_start(6, 10)
     for step in range(7, 11):
         hook.on_step(metrics(step))
-    hook.on_evaluation(10, {"overall": {"bits_per_byte": 1.25, "nll": 3.5}})
+    hook.on_evaluation(10, {"split": "val", "overall": {"bits_per_byte": 1.25, "nll": 3.5}})
     said = capsys.readouterr().err.splitlines()
     get_logger().handlers.clear()
     assert len(said) == lines + 1

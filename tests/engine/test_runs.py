@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,6 +35,10 @@ def undisturbed(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
+def evaluations(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+
+
 def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step-20"
     assert sorted(path.name for path in (undisturbed / "checkpoints").glob("step-*")) == ["step-15", "step-20"]
@@ -45,7 +50,8 @@ def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert len(line["activation_ratio"]) == 2
     assert line["mfu"] is None, "no device with a known peak ran this"
     assert losses(undisturbed)[-1] < losses(undisturbed)[0] - 0.5, "twenty steps lower the loss of any sound trainer"
-    evaluation = json.loads((undisturbed / "evaluation.jsonl").read_text())
+    evaluation, last = evaluations(undisturbed)
+    assert (evaluation["split"], last["split"]) == ("val", "test")
     assert set(evaluation["domains"]) == {"lib", "other-x"}
     assert evaluation["overall"]["tokens"] == sum(domain["tokens"] for domain in evaluation["domains"].values())
 
@@ -79,8 +85,8 @@ def test_more_ranks_give_the_same_run(
     assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed), rel=1e-5)
     ledgers = [(out / "data_ledger.jsonl").read_text() for out in (undisturbed, tmp_path / "run")]
     assert ledgers[0] == ledgers[1]
-    evaluations = [json.loads((out / "evaluation.jsonl").read_text()) for out in (undisturbed, tmp_path / "run")]
-    assert evaluations[1]["overall"]["nll"] == pytest.approx(evaluations[0]["overall"]["nll"], rel=1e-5)
+    for one, other in zip(evaluations(undisturbed), evaluations(tmp_path / "run"), strict=True):
+        assert other["overall"]["nll"] == pytest.approx(one["overall"]["nll"], rel=1e-5)
 
 
 def test_resumes_at_another_layout(tmp_path: Path) -> None:
