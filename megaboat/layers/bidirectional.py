@@ -87,7 +87,7 @@ class BidirectionalGAU(GatedAttentionUnit):
         seen_QQ = torch.ones_like(distance_QQ, dtype=torch.bool)
         return self._weights(q_QZ @ k_QZ.T, distance_QQ, seen_QQ, max(1, len(q_QZ))) @ v_QE
 
-    def _weights(self, product: Tensor, distance: Tensor, seen: Tensor, keys: int) -> Tensor:
+    def _weights(self, product: Tensor, distance: Tensor, seen: Tensor, keys: int | Tensor) -> Tensor:
         """Of the products q k (..., queries, keys), zero where not `seen`."""
         index = distance.clamp(-self.max_distance, self.max_distance) + self.max_distance
         bias = self.distance.index_select(0, index.flatten()).view(index.shape)
