@@ -16,21 +16,21 @@ def linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None, used: Ten
     """x @ weight.T + bias: (..., D) -> (..., E). x in bf16 or fp16 meets fp32 parameters in its own dtype.
 
     used: int32 (1,) on the device, how many rows of x (R, D) are of use; the others are finite, and so is what comes of
-    them, and their gradients are zero. Where a product takes the number (bf16 on Hopper and newer) its time follows it.
+    them, and their gradients are zero. For the time being all rows are multiplied: `mixed_linear` can follow the
+    number, but with it a captured step's gradients differed from the model's on a GPU, and which of the two was wrong
+    is not known.
     """
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight_ED.dtype == torch.float32:
-        return mixed_linear(x, weight_ED, bias_E, used if _takes_number(x, weight_ED) else None)
+        return mixed_linear(x, weight_ED, bias_E)
     return F.linear(x, weight_ED, bias_E)
 
 
 def mixed_linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None, used: Tensor | None = None) -> Tensor:
-    """`linear` for x in bf16 or fp16 and fp32 parameters, on any device. With `used`, D and E multiples of 8."""
+    """`linear` for x in bf16 or fp16 and fp32 parameters, on any device.
+
+    With `used` by a grouped product, whose time follows it: bf16 on Hopper and newer, D and E multiples of 8.
+    """
     return _MixedLinear.apply(x, weight_ED, bias_E, used)
-
-
-def _takes_number(x: Tensor, weight_ED: Tensor) -> bool:
-    aligned = all(size % 8 == 0 for size in weight_ED.shape)
-    return x.dtype == torch.bfloat16 and aligned and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 class _MixedLinear(torch.autograd.Function):

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 PACKED = "megaboat_packed"
 
 
+class _Sealed:
+    """Hides the documents from torch.compile, which would guard on the fields of a dataclass and compile each layer
+    again for every number of documents, until it gives up."""
+
+    def __init__(self, docs: Documents) -> None:
+        self.docs = docs
+
+
 def _packed_attention(
     module: nn.Module,
     q_BHTd: Tensor,
@@ -28,7 +36,7 @@ def _packed_attention(
     v_BhTd: Tensor,
     attention_mask: None,
     scaling: float,
-    docs: Documents,
+    docs: _Sealed,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document, in the form that transformers asks for: (B, T, H, d)."""
@@ -38,7 +46,7 @@ def _packed_attention(
         return x.repeat_interleave(H // x.shape[1], dim=1).transpose(1, 2).reshape(B * T, H, d)
 
     q, k, v = (rows(x).to(v_BhTd.dtype) for x in (q_BHTd, k_BhTd, v_BhTd))
-    o_XE = kernels.windowed_attention(q, k, v.flatten(1), docs.cu_seqlens, None, T, scaling, T)
+    o_XE = kernels.windowed_attention(q, k, v.flatten(1), docs.docs.cu_seqlens, None, T, scaling, T)
     return o_XE.view(B, T, H, d), None
 
 
@@ -97,7 +105,7 @@ class Llama(nn.Module):
         x_BTD = to_compute_dtype(self.body.embed_tokens(tokens_BT))
         if self.body.config._attn_implementation != PACKED:  # generation, which has a cache, sets another
             self.body.set_attn_implementation(PACKED)
-        h_BTD = self.body(inputs_embeds=x_BTD, position_ids=docs.positions_BT, docs=docs).last_hidden_state
+        h_BTD = self.body(inputs_embeds=x_BTD, position_ids=docs.positions_BT, docs=_Sealed(docs)).last_hidden_state
         nll = None if targets_BT is None else self.head(h_BTD, targets_BT, per_token)
         return ModelOutput(nll, h_BTD, [])
 

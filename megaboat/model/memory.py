@@ -205,4 +205,5 @@ def _buffers(parameters: Parameters, layers: int, zero: int, data: int) -> float
         return 0.0 if data == 1 else 4.0 * min(parameters.total, BUCKET)
     if zero < 3:
         return 2 * 4.0 * BUCKET
-    return (2 + 4) * BUCKET + 4.0 * min(parameters.total / layers, LIVE)  # and the layer at hand, gathered in fp32
+    gathered = parameters.total / layers if data == 1 else parameters.total  # in fp32; one rank has nothing to gather
+    return (2 + 4) * BUCKET + 4.0 * min(gathered, LIVE)

@@ -202,7 +202,7 @@ def _family(name: str, model: Config, length: int, sizes: Sizes, ranks: Ranks) -
     ]  # fmt: skip
     rows = max(1, sizes.tokens // length)
     micro_batches = [rows >> i for i in range(rows.bit_length())]
-    ways = [way for way in sizes.recompute if way != "elementwise" or isinstance(model, SeqBoatConfig)]
+    ways = [way for way in sizes.recompute if way != "elementwise" or isinstance(model, SeqBoatConfig)] or ["nothing"]
     attempts = [(micro, way) for way in ways for micro in micro_batches]
     for micro_batch, recomputed in attempts:
         config = step_config(model, length, micro_batch, recomputed, sizes)

@@ -87,3 +87,19 @@ def test_initialize_sets_every_parameter_from_the_seed() -> None:
             assert not torch.equal(a, c), name
         else:
             assert (a == 1).all(), name
+
+
+def test_layers_are_compiled_once_for_any_number_of_documents() -> None:
+    """A graph for each number of them would end at torch's limit, and the layers in plain torch."""
+    model = lively()
+    for layer in model.body.layers:
+        layer.compile(backend="eager", dynamic=False)
+    tokens_BT = text_rows(2, 64)
+    first = model(tokens_BT, pack([[20, 44], [64]]), tokens_BT).nll
+    assert first is not None
+    first.backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in ([[64], [64]], [[1, 20, 3, 40], [30, 34]], [[10] * 6 + [4], [64]]):
+            nll = model(tokens_BT, pack(rows), tokens_BT).nll
+            assert nll is not None
+            nll.backward()
