@@ -59,8 +59,8 @@ def study(folder: Path, grids: list[Any], *changes: str, **keys: Any) -> Plan:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_studies_expand_to_runs(path: Path) -> None:
     plan = read_study(path)
-    assert len(plan.cells) == len({cell.out for cell in plan.cells}) > 10
-    assert plan.seed_axes == {"seed"}
+    assert len(plan.cells) == len({cell.out for cell in plan.cells}) > 1
+    assert plan.seed_axes == (set() if path.stem == "study_confirmation" else {"seed"})
     assert plan.rate_axis == "lr"
     assert len(plan.factors) == 1
 
