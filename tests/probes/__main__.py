@@ -1,6 +1,6 @@
 """Ask the 29 questions of a first hour, and print what was seen.
 
-python -m tests.probes                   all of them: some 20 minutes on two cores
+python -m tests.probes                   all of them
 python -m tests.probes --only 3 16 29    some
 python -m tests.probes --list            the questions and commands, without running them
 
