@@ -46,16 +46,18 @@ def windowed_attention(
 
 
 def _by_band(q_RGZ: Tensor, v_RE: Tensor, cu_seqlens: Tensor, window: int) -> bool:
-    """Whether products by the band are faster than flash attention: many columns a head, documents of many rows.
+    """Whether products by the band are faster than flash attention, and a head's band takes at most twice the memory of
+    its values: many columns a head, a window of fewer, documents of many rows.
 
     From what the host knows: with `keys` rows seen on average, if all documents were of equal length.
     """
-    R, documents = len(q_RGZ), max(1, len(cu_seqlens) - 1)
-    if not flash.supports(q_RGZ) or v_RE.shape[1] // q_RGZ.shape[1] < 4 * flash.HEAD_WIDTH:
+    R, documents, columns = len(q_RGZ), max(1, len(cu_seqlens) - 1), v_RE.shape[1] // q_RGZ.shape[1]
+    reach = Band(R, min(window, R)).reach
+    if not flash.supports(q_RGZ) or columns < 4 * flash.HEAD_WIDTH or 2 * reach > columns:
         return False
     mean = R / documents
     keys = mean / 2 if mean < window else window - window**2 / (2 * mean)
-    return Band(R, window).reach < SLOWER * (keys + 64)
+    return reach < SLOWER * (keys + 64)
 
 
 def banded_attention(

@@ -85,3 +85,4 @@ def test_it_is_taken_for_long_documents_of_wide_heads(monkeypatch: pytest.Monkey
     assert not chosen(64, 256, 4096)
     assert not chosen(8, 2048, 128)
     assert not chosen(8, 2048, 4096, window=16)
+    assert not chosen(1, 16384, 4096, window=4096), "the band would take more memory than is worth the time"
