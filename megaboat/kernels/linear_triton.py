@@ -1,5 +1,4 @@
-"""What products leave to be done over rows: sums of them at the speed of reading and in the same order each time, and
-the bias and the zeros of a product whose number of rows only the device knows."""
+"""Sums over the rows of a matrix on GPUs, at the speed of reading it and in the same order each time."""
 
 import torch
 import triton
@@ -30,29 +29,3 @@ def column_sum_kernel(x, partial, X, E, BX: tl.constexpr, BE: tl.constexpr):  # 
         m_xe = (o_x < X)[:, None] & (o_e < E)[None, :]
         b_sum += tl.load(x + o_x.to(tl.int64)[:, None] * E + o_e[None, :], mask=m_xe, other=0.0).to(tl.float32)
     tl.store(partial + i_p * E + o_e, tl.sum(b_sum, axis=0), mask=o_e < E)
-
-
-def finish_triton(out_RE: Tensor, bias_E: Tensor | None, used: Tensor) -> Tensor:
-    """In place: out + bias in the first `used` rows (int32 (1,)), zeros in the others, whatever lies there."""
-    R, E = out_RE.shape
-    if R > 0:
-        grid = (triton.cdiv(R, ROWS), triton.cdiv(E, COLUMNS))
-        finish_kernel[grid](out_RE, bias_E, used, R, E, bias_E is not None, ROWS, COLUMNS)
-    return out_RE
-
-
-@triton.jit
-def finish_kernel(out, bias, used, R, E, HAS_BIAS: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # type: ignore[no-untyped-def]
-    n = tl.load(used)
-    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
-    o_e = tl.program_id(1) * BE + tl.arange(0, BE)
-    m_r, m_e = o_r < R, o_e < E
-    o_out = o_r.to(tl.int64)[:, None] * E + o_e[None, :]
-    if HAS_BIAS:
-        b_out = tl.load(out + o_out, mask=(o_r < n)[:, None] & m_e[None, :], other=0.0).to(tl.float32)
-        b_out += tl.load(bias + o_e, mask=m_e, other=0.0)[None, :]
-        b_out = tl.where((o_r < n)[:, None], b_out, 0.0)
-    else:
-        m_r &= o_r >= n
-        b_out = tl.zeros([BR, BE], tl.float32)
-    tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_r[:, None] & m_e[None, :])

@@ -42,8 +42,8 @@ class GatedAttentionUnit(nn.Module):
         """(R, D) -> (R, D). Runs on zero rows too, so that its parameters are always in the autograd graph."""
         for_z_RD, for_v_RD, for_r_RD = kernels.fan_out(h_RD, 3)
         # The two large products first: the device works on them while the host launches the many small passes after.
-        v_RE, r_RE = kernels.silu(self.v(for_v_RD, rows.used)), self.r(for_r_RD, rows.used)
-        z_RZ = F.silu(self.z(for_z_RD, rows.used))
+        v_RE, r_RE = kernels.silu(self.v(for_v_RD)), self.r(for_r_RD)
+        z_RZ = F.silu(self.z(for_z_RD))
         positions_R = docs.positions_BT.reshape(-1)[rows.token_R]
         if self.recall is not None:
             memory = self.recall(z_RZ, v_RE, positions_R, rows, docs)
@@ -58,7 +58,7 @@ class GatedAttentionUnit(nn.Module):
         o_RE = kernels.windowed_attention(
             q_RGZ, k_KGZ, keys.v_KE, rows.cu_seqlens, cu_k, self.window, scale, rows.longest
         )
-        return self.o(kernels.silu_gate(r_RE, o_RE), rows.used)
+        return self.o(kernels.silu_gate(r_RE, o_RE))
 
     def step(self, h_BD: Tensor, active_B: Tensor, positions_B: Tensor, memory: WorkingMemory) -> Tensor:
         """One token of each row against the ring, dense over B and of static shape; inactive rows' output is unused."""

@@ -7,7 +7,7 @@ from megaboat.layers.precision import to_compute_dtype
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with the gradients of its parameters in fp32. (..., D) -> (..., E). `used`: see `kernels.linear`."""
+    """`nn.Linear` with the gradients of its parameters in fp32. (..., D) -> (..., E)."""
 
-    def forward(self, input: Tensor, used: Tensor | None = None) -> Tensor:
-        return kernels.linear(to_compute_dtype(input), self.weight, self.bias, used)
+    def forward(self, input: Tensor) -> Tensor:
+        return kernels.linear(to_compute_dtype(input), self.weight, self.bias)

@@ -81,8 +81,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.group = linear.weight, linear.bias, group
 
-    def forward(self, x: Tensor, used: Tensor | None = None) -> Tensor:
-        y = _Reduce.apply(kernels.linear(to_compute_dtype(x), self.weight, None, used), self.group)
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Reduce.apply(kernels.linear(to_compute_dtype(x), self.weight), self.group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -131,7 +131,7 @@ def _attention_inputs(device: str, rows: int, heads: int, dtype: torch.dtype) ->
 
 
 def _backends(device: str) -> list[str]:
-    return ["banded"] if device == "cpu" else [*flash.backends(), "banded"]
+    return ["band", "banded"] if device == "cpu" else ["band", *flash.backends(), "banded"]
 
 
 def _attention(cu: Tensor, window: int, backend: str, longest: int) -> Callable[..., Tensor]:

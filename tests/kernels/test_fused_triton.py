@@ -119,43 +119,6 @@ def test_mixed_linear(X: int, D: int, E: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("used", [0, 1, 37, 56])
-@pytest.mark.parametrize("biased", [False, True])
-def test_mixed_linear_of_some_rows(biased: bool, used: int, device: str) -> None:
-    """The others are zero, in the output and in the gradient, and what their own gradient is does not matter."""
-    R, D, E = 56, 24, 320
-    inputs = {"x": random(R, D) * (torch.arange(R) < used)[:, None], "weight": random(E, D)}
-    if biased:
-        inputs["bias"] = random(E)
-    count = torch.tensor([7, used, R], dtype=torch.int32, device=device)[1:2]  # as in a plan: not where a tensor begins
-
-    def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return out * (torch.arange(R, device=x.device) < used)[:, None]
-
-    def fused(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = mixed_linear(x, weight, bias, count)
-        assert (out[used:] == 0).all()
-        return torch.where((torch.arange(R, device=x.device) < used)[:, None], out, 0)
-
-    # bf16's rounding of a weight's gradient, and the bias's addition to a rounded product, are plain torch's too.
-    check(fused, plain, inputs, torch.bfloat16, device, frozenset({"weight", "bias"} & inputs.keys()))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("used", [0, 5, 40])
-@pytest.mark.parametrize("biased", [False, True])
-def test_what_a_product_left_unwritten_is_zero(biased: bool, used: int, device: str) -> None:
-    out_RE, bias_E = random(40, 300).float().to(device), random(300).float().to(device) if biased else None
-    expected_RE = out_RE[:used] + (bias_E if biased else 0)
-    out_RE[used:] = torch.nan
-    count = torch.tensor([used], dtype=torch.int32, device=device)
-    finished_RE = linear_triton.finish_triton(out_RE, bias_E, count)
-    assert torch.equal(finished_RE[:used], expected_RE)
-    assert (finished_RE[used:] == 0).all()
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("X", "E"), [(0, 4), (1, 3), (300, 300), (2000, 40)])
 def test_column_sum(X: int, E: int, dtype: torch.dtype, device: str) -> None:

@@ -70,7 +70,7 @@ if __name__ == "__main__":
     kernels.margins = margins_triton
     kernels.rotary_heads = lambda z, *rest: rotary_heads_triton(z, *rest[:3], turns(z.shape[1], rest[3], z.device))
     norm._branch_norm = branch_norm_triton
-    kernels.linear = lambda x, w, b=None, used=None: (mixed_linear if x.dtype == torch.bfloat16 else F.linear)(x, w, b)
+    kernels.linear = lambda x, w, b=None: (mixed_linear if x.dtype == torch.bfloat16 else F.linear)(x, w, b)
     kernels.layer_norm = lambda x, weight=None, bias=None: layer_norm_triton(x, weight, bias, EPS)
     kernels.windowed_attention = attention
     flash.backends = lambda: {"torch": lambda q, k, v, *_: _Kept.apply(q, k, v)}

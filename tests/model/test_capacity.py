@@ -130,21 +130,12 @@ def poisoned(device: str) -> Iterator[None]:
 
 
 @EACH_STYLE
-def test_products_of_the_used_rows_alone(style: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What GPUs do in bf16: rows beyond the used ones are not multiplied, and nothing is read there."""
+def test_in_bf16_by_the_products_of_gpus(style: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(**style)
     exact = train(model, None, bf16=True)
-    counts = []
-
-    def of_some_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, used: Tensor | None = None) -> Tensor:
-        counts.append(used)
-        return mixed_linear(x, weight, bias, used)
-
-    monkeypatch.setattr(kernels, "linear", of_some_rows)
+    monkeypatch.setattr(kernels, "linear", mixed_linear)
     with poisoned("cpu"):
         limited = train(model, 0.8, bf16=True)
-    modules = model.config.layers * model.config.modules
-    assert sum(used is not None for used in counts) == 4 * modules, "z, v, r and o of each unit"
     for name, gradient in {"nll": limited.nll, **limited.gradients}.items():
         assert error(gradient, {"nll": exact.nll, **exact.gradients}[name]) < 3e-2, name
 
