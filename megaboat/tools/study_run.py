@@ -25,6 +25,7 @@ from megaboat.tools.study_plan import Cell, Cost
 POLL_SECONDS, SHOW_SECONDS = 0.1, 1.0
 BUSY_SECONDS = 120.0  # for a cell of a study that was killed to notice it, and to save its checkpoint
 PARENT_DEATH = 1  # PR_SET_PDEATHSIG
+CONTEXT = 1.5e9  # bytes on a GPU that a process holds beside what is planned: CUDA, cuBLAS, compiled kernels, gaps
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ class Runner:
     def _places(self, cell: Cell) -> list[str | None]:
         """Devices with room for the cell, the least busy first; all, where nothing runs."""
         cells = {name: [running.cell for running in self._running if running.device == name] for name in self._devices}
-        filled = {name: sum(self._costs[other.name].memory for other in its) for name, its in cells.items()}
-        room = self._memory - self._costs[cell.name].memory
+        filled = {name: sum(self._costs[other.name].memory + CONTEXT for other in its) for name, its in cells.items()}
+        room = self._memory - self._costs[cell.name].memory - CONTEXT
         fitting = [name for name in self._devices if not cells[name] or filled[name] <= room]
         return sorted(fitting, key=lambda name: len(cells[name]))
 

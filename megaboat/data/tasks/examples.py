@@ -1,8 +1,10 @@
 """What every classification task is, wherever its data come from: three splits of sequences with a class each."""
 
 import hashlib
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -158,8 +160,8 @@ def _draw(wanted: int, chunks: Iterable[list[Example]], name: str) -> dict[bytes
 
 def _in_order(chunk: Callable[[Any], list[Example]], settings: Sequence[float]) -> Iterator[list[Example]]:
     """Without end, in the order of their numbers, whatever the number of processes."""
-    jobs = ((tuple(settings), number) for number in range(10**9))
-    with multiprocessing.get_context("fork").Pool() as pool:
+    jobs = ((tuple(settings), number) for number in itertools.count())
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         ahead = 4 * multiprocessing.cpu_count()
         while True:
-            yield from pool.imap(chunk, [next(jobs) for _ in range(ahead)])
+            yield from pool.map(chunk, itertools.islice(jobs, ahead))

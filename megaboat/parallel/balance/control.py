@@ -57,19 +57,22 @@ class Control:
 
     def add_losses(self, loss: Tensor, routings: list[Routing], scale: float) -> Tensor:
         """`loss` and the weighted losses of a micro-batch: summed over its tokens times `scale`, mean over layers."""
-        for i, routing in enumerate(routings):
-            temperature_M = routing.temperature_M
-            share = scale / len(routings) / len(temperature_M)
-            if self.config.ratio_loss:
-                target = self.config.ratio_target
-                fraction_M = torch.full_like(temperature_M, target)
-                if self.fraction_LM is not None:
-                    fraction_M = self.fraction_LM[i].to(temperature_M)
-                pull_M = ratio_loss(routing.margin_XM, temperature_M, fraction_M, target)
-                loss = loss + self.config.ratio_loss * share * pull_M.sum()
-            if self.config.z_loss:
-                size_M = z_loss(routing.margin_XM, temperature_M)
-                loss = loss + self.config.z_loss * share * size_M.sum()
+        if not (self.config.ratio_loss or self.config.z_loss):
+            return loss
+        margin_LXM = torch.stack([routing.margin_XM for routing in routings])
+        temperature_L1M = torch.stack([routing.temperature_M for routing in routings])[:, None]
+        share = scale / temperature_L1M.numel()
+        if self.config.ratio_loss:
+            target = self.config.ratio_target
+            fraction_L1M = torch.full_like(temperature_L1M, target)
+            if self.fraction_LM is not None:
+                fraction_L1M = self.fraction_LM[:, None].to(temperature_L1M)
+            loss = (
+                loss
+                + self.config.ratio_loss * share * ratio_loss(margin_LXM, temperature_L1M, fraction_L1M, target).sum()
+            )
+        if self.config.z_loss:
+            loss = loss + self.config.z_loss * share * z_loss(margin_LXM, temperature_L1M).sum()
         return loss
 
     def end(self, ratio_LM: np.ndarray, sums: LayerSums | None) -> list[str]:
