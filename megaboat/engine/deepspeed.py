@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from megaboat.engine.optim import parameter_groups
 from megaboat.engine.ranks import Ranks
-from megaboat.engine.run_config import RunConfig
+from megaboat.engine.run_config import RunConfig, effective_stage
 from megaboat.model.seqboat import SeqBoat
 from megaboat.parallel import exchange, sequence, tensor
 
@@ -106,14 +106,14 @@ class Engine:
         self._offloads = config.parallel.offload == "optimizer"
         fused = ranks.device.type == "cuda" or self._offloads
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=fused)
-        self.stage = config.parallel.zero
+        self.stage = effective_stage(config.parallel.zero, ranks.replicas, self._offloads)
         self._clip = config.optim.clip
         self.names = dict(model.named_parameters())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_settings(config, micro_steps),
+            config=_settings(config, micro_steps, self.stage),
             mpu=Mesh(ranks) if self._group is not None else None,
             dist_init_required=False,
         )
@@ -293,14 +293,14 @@ def _own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return nn.functional.pad(mine, (0, size - len(mine))).to(parameter.ds_tensor.device)  # type: ignore[attr-defined]
 
 
-def _settings(config: RunConfig, micro_steps: int) -> dict[str, Any]:
+def _settings(config: RunConfig, micro_steps: int, stage: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": config.optim.clip if config.parallel.zero else 0.0,
+        "gradient_clipping": config.optim.clip if stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
-            "stage": config.parallel.zero,
+            "stage": stage,
             "offload_optimizer": {
                 "device": "cpu" if config.parallel.offload == "optimizer" else "none",
                 "pin_memory": True,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megaboat.engine.ranks import Ranks
-from megaboat.engine.run_config import RunConfig
+from megaboat.engine.run_config import RunConfig, effective_stage
 from megaboat.engine.watchdog import Watchdog
 from megaboat.errors import BadInput
 from megaboat.log import get_logger
@@ -61,7 +61,8 @@ def advice(config: RunConfig, ranks: Ranks, parameters: int) -> str:
     stages = [stage for stage in (1, 2, 3) if stage > config.parallel.zero]
     size = ranks.replicas if ranks.replicas > 1 and stages else 2 * ranks.replicas
     stage = stages[0] if stages and size == ranks.replicas else max(config.parallel.zero, 1)
-    before = static_bytes(parameters, config.parallel.zero, ranks.replicas)
+    run = effective_stage(config.parallel.zero, ranks.replicas, config.parallel.offload != "none")
+    before = static_bytes(parameters, run, ranks.replicas)
     saved = before - static_bytes(parameters, stage, size)
     on = "" if size == ranks.replicas else f" on {size * ranks.tensor} processes"
     knobs.append(f"parallel.zero={stage}{on} saves {_gb(saved)} of {_gb(before)} for weights and optimizer")

@@ -95,6 +95,12 @@ class ParallelConfig(Section):
         return self
 
 
+def effective_stage(zero: int, copies: int, offloads: bool) -> int:
+    """The ZeRO stage that serves `parallel.zero` on so many copies of the model: on one, stages 1 and 2 cut nothing,
+    and DeepSpeed's work for each gradient would take longer than a small model's step."""
+    return 0 if copies == 1 and zero <= 2 and not offloads else zero
+
+
 class RunConfig(Section):
     """Everything that decides a run."""
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megaboat.engine.run_config import RunConfig
+from megaboat.engine.run_config import RunConfig, effective_stage
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import training_flops
 from megaboat.model.memory import Memory, Parameters, count_parameters, layer_bytes, llama_layer_bytes, training_memory
@@ -62,18 +62,19 @@ class Layout:
 
 def layout_memory(config: RunConfig, parameters: Parameters, layout: Layout, activation: float) -> Memory:
     """Bytes of one rank; under `train.capacity` whatever is active."""
+    offload = config.parallel.offload == "optimizer" and layout.zero > 0
     return training_memory(
         config.model,
         parameters,
         tokens=layout.micro_batch * config.data.seq_len // layout.sequence,
         activation=config.train.capacity or activation,
-        zero=layout.zero,
+        zero=effective_stage(layout.zero, layout.copies, offload),
         data=layout.copies,
         checkpointing=layout.checkpointing,
         elementwise=config.train.recompute_elementwise and not layout.checkpointing,
         bf16=config.train.precision == "bf16",
         tensor=layout.tensor,
-        offload=config.parallel.offload == "optimizer" and layout.zero > 0,
+        offload=offload,
     )
 
 

@@ -1,5 +1,6 @@
 """Out of memory, a full disk, a dead rank: what the run says, and that it goes on."""
 
+import ctypes
 import errno
 import itertools
 import os
@@ -27,6 +28,7 @@ from tests.distributed import run_on_ranks, start_commands
 from tests.engine.conftest import tiny_config, tiny_tree
 from tests.engine.runs import losses, train_on_rank, wait_for_step, write_config
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 DEAD_RANK_SECONDS = 120.0  # the rank is named within 15 s; a busy machine may take longer to end
 
 
@@ -65,6 +67,7 @@ def no_more_memory(spare: int) -> None:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + spare, resource.RLIM_INFINITY))
 
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # or freed tensors would stay mapped, for the next step's
     at_step_8(limit)
 
 

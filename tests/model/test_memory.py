@@ -15,7 +15,7 @@ from megaboat.config import build_config
 from megaboat.engine.deepspeed import Engine
 from megaboat.engine.evaluate import documents
 from megaboat.engine.ranks import Ranks
-from megaboat.engine.run_config import RunConfig
+from megaboat.engine.run_config import RunConfig, effective_stage
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.linear import Linear
 from megaboat.model.build import build_model
@@ -124,7 +124,9 @@ def test_states_are_as_large_as_planned(zero: int, tensor: int, sequence: int) -
     tree = {"model": model, "train": train, "parallel": parallel, "data": {"seq_len": 64}}
     config = build_config(RunConfig, tree, "the test")
     parameters = count_parameters(config.model, CUT if tensor > 1 else None, tensor)
-    planned = training_memory(config.model, parameters, 64, zero=zero, data=2 // tensor, tensor=tensor)
+    copies = 2 // tensor
+    stage = effective_stage(zero, copies, offloads=False)
+    planned = training_memory(config.model, parameters, 64, zero=stage, data=copies, tensor=tensor)
     lasting = planned.parameters + planned.optimizer
     for between_steps, within in run_on_ranks(states, 2, config, timeout=240):
         # ZeRO-3 holds the buffer of its gradients from the start.
