@@ -28,6 +28,7 @@ from megaboat.tools.study_plan import (
     write_study,
 )
 from megaboat.tools.study_run import Runner, device_memory, drop_checkpoints, state_of, visible_devices
+from megaboat.tools.study_tune import borders, following, ready
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,38 +63,62 @@ def _run(arguments: argparse.Namespace) -> int:
     print(plan_table(plan, arguments.gpu), end="\n\n")
     check_folders(plan)
     states = {cell.name: state_of(cell) for cell in plan.cells}
-    counts = Counter(states.values())
-    print(f"{plan.study.out}: " + ", ".join(f"{counts[state]} {state}" for state in counts), flush=True)
+    begun, later = ready(plan), _later(plan)
+    counts = Counter(states[cell.name] for cell in begun)
+    told = [f"{count} {state}" for state, count in counts.items()]
+    told += [f"{len(later)} to follow at the best learning rates"] if later else []
+    print(f"{plan.study.out}: {', '.join(told)}", flush=True)
     if arguments.dry_run:
         return 0
     write_study(plan)
     skipped = ["done"] if arguments.again else ["done", "failed"]
-    cells = [cell for cell in plan.cells if states[cell.name] not in skipped]
+    cells = [cell for cell in begun if states[cell.name] not in skipped]
     if plan.study.drop_checkpoints:
         for cell in plan.cells:
             if states[cell.name] == "done":
                 drop_checkpoints(cell)
     if arguments.slurm is not None:
-        return _submit(plan, cells, arguments.slurm)
-    failed = _run_here(plan, cells, arguments)
-    failed += counts["failed"] if not arguments.again else 0
-    print(f"{len(plan.cells) - failed} of {len(plan.cells)} cells are done: megaboat study report {plan.study.out}")
-    return 1 if failed else 0
+        code = _submit(plan, cells, arguments.slurm)
+        if later:
+            print(f"once these are done, the same command submits {len(later)} more, at the best learning rates")
+        return code
+    _run_here(plan, cells, later, arguments)
+    return _close(plan)
 
 
-def _run_here(plan: Plan, cells: list[Cell], arguments: argparse.Namespace) -> int:
-    """Returns how many failed."""
+def _later(plan: Plan) -> list[Cell]:
+    """Of the combinations whose learning rate is not known, cells that stand for those of the other seeds."""
+    open_ones = [combination for combination in plan.combinations if not following(combination)]
+    return [cell for combination in open_ones for cell in combination.at_most[len(combination.first) :]]
+
+
+def _close(plan: Plan) -> int:
+    """The last line: what is done, and where the learning rates should have gone further."""
+    done = sum(state_of(cell) == "done" for cell in ready(plan))
+    planned = sum(len(combination.at_most) for combination in plan.combinations)
+    at_border = borders(plan)
+    warning = f"; the best learning rate is at the border of those tried, add further ones: {', '.join(at_border)}"
+    report = f"megaboat study report {plan.study.out}"
+    print(f"{done} of {planned} cells are done: {report}{warning if at_border else ''}")
+    return 0 if done == planned else 1
+
+
+def _run_here(plan: Plan, cells: list[Cell], later: list[Cell], arguments: argparse.Namespace) -> None:
     devices = arguments.devices.split(",") if arguments.devices else visible_devices()
     jobs = arguments.jobs or max(1, len(devices))
     if jobs < 1:
         raise BadInput(f"--jobs {jobs}: at least 1")
-    costs = [cell_cost(cell, GPUS[arguments.gpu]) for cell in cells]
+    costs = {cell.name: cell_cost(cell, GPUS[arguments.gpu]) for cell in plan.cells}
+    combination_of = {cell.name: combination for combination in plan.combinations for cell in combination.first}
+
+    def follow(cell: Cell) -> list[Cell]:
+        its = combination_of.get(cell.name)
+        return [other for other in following(its) if state_of(other) != "done"] if its else []
+
     out = plan.study.out
     runner = Runner(out / BASE, out / "logs", jobs, devices, device_memory(), plan.study.drop_checkpoints)
-    failures = runner.run(cells, costs)
-    for failure in failures:
+    for failure in runner.run(cells, later, costs, follow):
         print(f"{failure.cell.name} failed: {failure.reason} (all of it: {failure.log})")
-    return len(failures)
 
 
 def _submit(plan: Plan, cells: list[Cell], given: list[str]) -> int:

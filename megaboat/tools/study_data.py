@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from megaboat.parallel.balance.figures import rule_of_thumb
 from megaboat.parallel.balance.statistics import DEAD, SATURATED
 from megaboat.tools.report_data import Run, read_run
 from megaboat.tools.study_fit import Interval, mean_interval, settled_step
-from megaboat.tools.study_plan import Cell, Plan, parameters_of
+from megaboat.tools.study_plan import Cell, Combination, Plan, parameters_of
 from megaboat.tools.study_run import state_of
+from megaboat.tools.study_tune import choose
 
 LAST_SHARE = 0.2  # of the run: figures of training batches are means over it
 RANKS, WINDOWS_A_MEETING = (64, 512, 4096), 8
@@ -165,6 +166,10 @@ class Findings:
     results: list[Result]
     groups: list[Group]
     notes: list[str]
+    done: int
+    """Cells, of `wanted`."""
+    wanted: int
+    """Cells, when the study is complete: fewer than the grid has where the first seed tunes."""
 
     @property
     def main_axis(self) -> str | None:
@@ -198,11 +203,13 @@ class Findings:
         return group.levels.get(self.main_axis or "", "")
 
     def rates(self, levels: dict[str, str]) -> dict[float, list[Result]]:
-        """Of a combination of factors, the runs by learning rate."""
+        """Of a combination of factors, the runs by learning rate, of the seeds that tried all rates."""
+        first = next(its.first for its in self.plan.combinations if its.levels == levels)
+        names = {cell.name for cell in first}
         found: dict[float, list[Result]] = {}
         for result in self.results:
-            if _levels(self.plan, result.cell) == levels:
-                found.setdefault(result.cell.config.optim.lr, []).append(result)
+            if result.cell.name in names:
+                found.setdefault(result.cell.rate, []).append(result)
         return dict(sorted(found.items()))
 
 
@@ -218,13 +225,18 @@ def read_findings(plan: Plan) -> Findings:
             model = cell.config.model.model_copy(update={"vocab_size": vocabulary})
             size = parameters_of(cell.config.model_copy(update={"model": model}))[1]
             results.append(Result(cell, run, size))
-    if not results:
+    groups, ready = _groups(plan, results, states)
+    if not groups:
         raise BadInput(f"{plan.study.out}: no cell is done yet; `megaboat study run` comes first")
+    wanted = sum(len(combination.at_most) for combination in plan.combinations)
     for state, what in (("failed", "failed"), ("begun", "are not finished"), ("missing", "have not begun")):
-        names = [name for name, its in states.items() if its == state]
+        names = [cell.name for cell in ready if states[cell.name] == state]
         if names:
-            notes.insert(0, f"{len(names)} of {len(plan.cells)} cells {what}: {', '.join(names)}.")
-    findings = Findings(plan, results, _groups(plan, results), notes)
+            notes.insert(0, f"{len(names)} of {wanted} cells {what}: {', '.join(names)}.")
+    if len(ready) < wanted:
+        notes.insert(0, f"{wanted - len(ready)} of {wanted} cells wait for the first seed to have tried all rates.")
+    done = sum(states[cell.name] == "done" for cell in ready)
+    findings = Findings(plan, results, groups, notes, done, wanted)
     if findings.is_numeric:
         findings.groups[:] = sorted(findings.groups, key=findings.place)
     return findings
@@ -235,7 +247,7 @@ def write_cells(findings: Findings, file: Path) -> None:
     axes = list(dict.fromkeys(axis for result in findings.results for axis in result.cell.levels))
     figures: dict[str, Callable[[Result], float | str]] = {
         "parameters": lambda r: r.parameters,
-        "learning_rate": lambda r: r.cell.config.optim.lr,
+        "learning_rate": lambda r: r.cell.rate,
         "tokens": lambda r: r.cell.tokens,
         "bits_per_byte": lambda r: r.bits,
         "test_bits_per_byte": lambda r: r.test_bits,
@@ -258,34 +270,37 @@ def write_cells(findings: Findings, file: Path) -> None:
             writer.writerow([*levels, *(_number(figure(result)) for figure in figures.values())])
 
 
-def _groups(plan: Plan, results: Sequence[Result]) -> list[Group]:
-    by_levels: dict[tuple[tuple[str, str], ...], list[Result]] = {}
-    for result in results:
-        by_levels.setdefault(tuple(_levels(plan, result.cell).items()), []).append(result)
-    return [_at_best_rate(dict(levels), members) for levels, members in by_levels.items()]
+def _groups(plan: Plan, results: list[Result], states: Mapping[str, str]) -> tuple[list[Group], list[Cell]]:
+    """Each combination at its best rate, and all cells that are to run by what is known now."""
+    bits = {name: math.nan for name, state in states.items() if state == "failed"}
+    bits |= {result.cell.name: result.bits for result in results}
+    groups, ready = [], []
+    for combination in plan.combinations:
+        group = _at_best_rate(combination, results, bits)
+        groups += [group] if group else []
+        ready += combination.first
+        if group and all(cell.name in bits for cell in combination.first):
+            ready += combination.following(group.rate)
+    return groups, ready
 
 
-def _at_best_rate(levels: dict[str, str], members: list[Result]) -> Group:
-    """Of the rates that as many seeds have as any other, the one with the fewest bits per byte."""
-    by_rate: dict[float, list[Result]] = {}
-    for result in members:
-        by_rate.setdefault(result.cell.config.optim.lr, []).append(result)
-    seeds = max(map(len, by_rate.values()))
-    bits = {rate: float(np.mean([result.bits for result in its])) for rate, its in by_rate.items() if len(its) == seeds}
-    best = min(bits, key=lambda rate: (math.isnan(bits[rate]), bits[rate]))
-    group = Group(levels, by_rate[best], best)
-    if len(bits) > 1 and best in (min(bits), max(bits)):
-        side = "smallest" if best == min(bits) else "largest"
-        where = f"{group.name}: " if levels else ""
+def _at_best_rate(combination: Combination, results: list[Result], bits: Mapping[str, float]) -> Group | None:
+    """None where no run that may choose the rate is done."""
+    choice = choose(combination, bits)
+    if choice is None:
+        return None
+    names = {cell.name for cell in (*combination.first, *combination.others) if cell.rate == choice.rate}
+    members = [result for result in results if result.cell.name in names]
+    if not members:
+        return None
+    group = Group(combination.levels, members, choice.rate)
+    if choice.side:
+        where = f"{group.name}: " if combination.levels else ""
         group.notes.append(
-            f"{where}the best learning rate, {best:g}, is the {side} that was tried; a better one may lie outside, and "
-            "with it another activation."
+            f"{where}the best learning rate, {choice.rate:g}, is the {choice.side} that was tried; a better one may "
+            "lie outside, and with it another activation."
         )
     return group
-
-
-def _levels(plan: Plan, cell: Cell) -> dict[str, str]:
-    return {axis: cell.levels[axis] for axis in plan.factors if axis in cell.levels}
 
 
 def _number(value: float | str) -> float | str:

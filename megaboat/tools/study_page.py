@@ -46,7 +46,8 @@ CAPTIONS = {
     "layers": "The mean hides what single layers do: in each panel a row is a layer and a column a step of one run. "
     "What stands out from the card is active.",
     "rates": "Each line is a group, the large point the learning rate that was taken for it. A large point at the end "
-    "of its line means that the grid was too small. Below: how much of the activation is the rate's doing.",
+    "of its line means that the grid was too small. Below: how much of the activation is the rate's doing. The points "
+    "are of the seeds that tried all rates.",
     "time": TIME_CAPTION,
     "span": "Above: how far back the oldest token lies that an active token attends to. Points above the dashed line "
     "are what sparsity buys: the same number of keys reaches further. The lower panel shows the same by depth.",
@@ -58,9 +59,15 @@ CAPTIONS = {
 ABOUT = (
     "Each <em>cell</em> of this study is one training run; cells differ in what the study varies and in their seed. "
     "In each layer of a SeqBoat a learned switch decides, token by token, whether attention runs; the share of such "
-    "tokens is the layer's <strong>activation</strong>. Of the learning rates that were tried, each group is shown at "
-    "the one with the fewest bits per byte on held-out text, since the rate moves the activation as much as anything."
+    "tokens is the layer's <strong>activation</strong>. "
 )
+TUNED = {
+    "all_seeds": "Of the learning rates that were tried, each group is shown at the one with the fewest bits per byte "
+    "on held-out text, since the rate moves the activation as much as anything.",
+    "first_seed": "Each group is shown at the learning rate at which its first seed had the fewest bits per byte on "
+    "held-out text, since the rate moves the activation as much as anything: that seed alone tried all rates, and the "
+    "others ran at its best one.",
+}
 LIMITS = (
     "Intervals are over seeds alone (initial weights and order of the data): another corpus, tokenizer, row length or "
     "schedule is not in them.",
@@ -89,7 +96,7 @@ def write_study_report(plan: Plan, folder: Path) -> list[str]:
             name=plan.study.out.resolve().name,
             verdict=plan.study.question,
             tiles=_tiles(findings, laws),
-            status=f"{len(findings.results)} of {len(plan.cells)} cells are done.",
+            status=f"{findings.done} of {findings.wanted} cells are done.",
             sections=_sections(findings, laws, layers, images),
             maker="megaboat study report",
         )
@@ -140,7 +147,7 @@ def _sections(
             f"<pre>megaboat study run STUDY.yaml\nmegaboat study report STUDY.yaml</pre><p>{TABLE} has all cells.</p>"
         ],
     }
-    parts = [section("What am I looking at?", f"<p>{ABOUT}</p>")]
+    parts = [section("What am I looking at?", f"<p>{ABOUT}{TUNED[findings.plan.study.tune]}</p>")]
     return parts + [section(title, *content) for title, content in laid.items() if content]
 
 
@@ -280,6 +287,8 @@ def _lines(findings: Findings, laws: dict[str, list[Fitted]]) -> list[str]:
             f"{group.name:<{width}}{len(group.results):>6}{group.rate:>8g}{_interval(bits, '{:.3f}'):>17}{test}"
             f"{_interval(active, '{:.3f}'):>17}{dead:>7.1f}{_whole(span):>8}{cv:>7.3f}{flops / 1e9:>13.4f}"
         )
+    if findings.plan.study.tune == "first_seed":
+        lines.append("learning rates: the best of the first seed, which alone tried all; the others ran at that one")
     lines += time_lines(findings) if has_curves(findings) else []
     for name, fits in laws.items():
         best = fits[0]

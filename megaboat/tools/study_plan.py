@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -40,6 +40,9 @@ class Study(Section):
     grids: list[dict[str, list[Any] | dict[str, Changes]]] = pydantic.Field(min_length=1)
     """Each a grid of axes, of which all combinations are run. An axis is a key with its values, `optim.lr: [1e-3,
     2e-3]`, or a name with named levels that set any keys, `size: {1m: {model.width: 64}}`."""
+    tune: Literal["all_seeds", "first_seed"] = "all_seeds"
+    """Who tries the learning rates: all seeds; or the first, and the others run at the best of its rates alone, which
+    each combination of the other axes has for itself."""
     drop_checkpoints: bool = False
     """Delete the checkpoints of a cell that is done: a large grid would fill the disk."""
 
@@ -61,9 +64,34 @@ class Cell:
         return self.config.train.out
 
     @property
+    def rate(self) -> float:
+        return self.config.optim.lr
+
+    @property
     def tokens(self) -> int:
         """That the whole cell trains on."""
         return self.config.train.steps * self.config.train.global_batch * self.config.data.seq_len
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The cells of one combination of factors: they differ by seed and learning rate."""
+
+    levels: dict[str, str]
+    first: list[Cell]
+    """Those that depend on no result: all of them, or all rates of the seed that tunes."""
+    others: list[Cell]
+    """All rates of the other seeds, of which one will be run."""
+
+    def following(self, rate: float) -> list[Cell]:
+        """The cells of the other seeds at the rate that was chosen."""
+        return [cell for cell in self.others if cell.rate == rate]
+
+    @property
+    def at_most(self) -> list[Cell]:
+        """As many cells as will run, whichever rate is chosen."""
+        by_rate = [self.following(rate) for rate in dict.fromkeys(cell.rate for cell in self.first)]
+        return [*self.first, *max(by_rate, key=len)]
 
 
 @dataclass(frozen=True)
@@ -80,6 +108,25 @@ class Plan:
         """The axes that are neither seed nor learning rate: what the study compares."""
         axes = dict.fromkeys(axis for cell in self.cells for axis in cell.levels)
         return [axis for axis in axes if axis not in self.seed_axes and axis != self.rate_axis]
+
+    @property
+    def combinations(self) -> list[Combination]:
+        """Of the factors, in the order of the file; the first seed of each is that of its first cell."""
+        by_levels: dict[tuple[tuple[str, str], ...], list[Cell]] = {}
+        for cell in self.cells:
+            levels = ((axis, cell.levels[axis]) for axis in self.factors if axis in cell.levels)
+            by_levels.setdefault(tuple(levels), []).append(cell)
+        return [self._combination(dict(levels), cells) for levels, cells in by_levels.items()]
+
+    def _combination(self, levels: dict[str, str], cells: list[Cell]) -> Combination:
+        if self.study.tune == "all_seeds":
+            return Combination(levels, cells, [])
+        seed = self._seed(cells[0])
+        split = {its: [cell for cell in cells if (self._seed(cell) == seed) is its] for its in (True, False)}
+        return Combination(levels, split[True], split[False])
+
+    def _seed(self, cell: Cell) -> list[str | None]:
+        return [cell.levels.get(axis) for axis in sorted(self.seed_axes)]
 
 
 def read_study(path: Path, out: Path | None = None, changes: list[str] | None = None) -> Plan:
@@ -99,6 +146,9 @@ def read_study(path: Path, out: Path | None = None, changes: list[str] | None = 
     keys = _keys_of_axes(study)
     seeds = frozenset(axis for axis, its in keys.items() if its and its <= SEED_KEYS)
     rates = [axis for axis, its in keys.items() if its == {RATE_KEY}]
+    if study.tune == "first_seed" and not (seeds and rates):
+        lacks = "an axis of seeds, train.seed or data.seed" if rates else f"an axis {RATE_KEY}"
+        raise BadInput(f"{path}: tune: first_seed needs {lacks}; add it to the grids, or leave `tune` out")
     return Plan(study, list(found.values()), seeds, rates[0] if rates else None)
 
 
@@ -134,15 +184,13 @@ def check_folders(plan: Plan) -> None:
 def plan_table(plan: Plan, gpu: str) -> str:
     """What the study will take, a line for each combination of factors; learning rates and seeds are counted."""
     device = GPUS[gpu]
-    groups: dict[tuple[str, ...], list[Cell]] = {}
-    for cell in plan.cells:
-        groups.setdefault(tuple(cell.levels.get(axis, "") for axis in plan.factors), []).append(cell)
-    names = [", ".join(filter(None, levels)) or "all" for levels in groups]
+    groups = [combination.at_most for combination in plan.combinations]
+    names = [", ".join(combination.levels.values()) or "all" for combination in plan.combinations]
     width = max(map(len, (*names, "in all")))
     head = f"{'':<{width}}{'cells':>7}{'M parameters':>14}{'M tokens each':>15}{'PFLOP':>10}"
     lines = [head + f"{'GB at most':>12}{f'{gpu} minutes at best':>22}"]
     total_flops = total_minutes = 0.0
-    for name, cells in zip(names, groups.values(), strict=True):
+    for name, cells in zip(names, groups, strict=True):
         costs = [cell_cost(cell, device) for cell in cells]
         flops, minutes = sum(cost.flops for cost in costs), sum(cost.seconds for cost in costs) / 60
         total_flops, total_minutes = total_flops + flops, total_minutes + minutes
@@ -150,11 +198,15 @@ def plan_table(plan: Plan, gpu: str) -> str:
             f"{name:<{width}}{len(cells):>7}{costs[0].parameters / 1e6:>14,.2f}{cells[0].tokens / 1e6:>15,.2f}"
             f"{flops / 1e15:>10.4g}{max(cost.memory for cost in costs) / 1e9:>12,.1f}{minutes:>22,.2f}"
         )
-    lines.append(f"{'in all':<{width}}{len(plan.cells):>7}{'':>29}{total_flops / 1e15:>10.4g}{total_minutes:>34,.2f}")
+    lines.append(
+        f"{'in all':<{width}}{sum(map(len, groups)):>7}{'':>29}{total_flops / 1e15:>10.4g}{total_minutes:>34,.2f}"
+    )
     lines.append(
         f"FLOPs and minutes at activation {ASSUMED_ACTIVATION:g}, memory with every token active; starting, evaluation "
         "and gaps between kernels are left out: a small model takes several times as long."
     )
+    if plan.study.tune == "first_seed":
+        lines.append("The first seed tries all learning rates; the others run at the best of them.")
     return "\n".join(lines)
 
 

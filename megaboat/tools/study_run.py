@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -84,45 +84,62 @@ class Runner:
         self._devices: list[str | None] = [*devices] or [None]
         self._running: list[Running] = []
         self._costs: dict[str, Cost] = {}
+        self._waiting: list[Cell] = []
+        self._known: set[str] = set()
         self.failures: list[Failure] = []
 
-    def run(self, cells: list[Cell], costs: list[Cost]) -> list[Failure]:
+    def run(
+        self, cells: list[Cell], later: list[Cell], costs: dict[str, Cost], follow: Callable[[Cell], list[Cell]]
+    ) -> list[Failure]:
         """Until each has ended. A signal that asks to stop is handed to the cells, which save their checkpoints; then
-        KeyboardInterrupt."""
+        KeyboardInterrupt.
+
+        later: cells of which as many, as costly, are still to come; follow: those that a cell's end calls for;
+        costs: of all of these, by name.
+        """
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._costs = {cell.name: cost for cell, cost in zip(cells, costs, strict=True)}
-        waiting = sorted(cells, key=lambda cell: -self._costs[cell.name].seconds)
-        whole = sum(cost.seconds for cost in costs)
-        bar = Progress(waiting, {name: cost.seconds / whole for name, cost in self._costs.items()})
+        self._costs = costs
+        self._add(cells)
+        bar = Progress([*cells, *later], {name: cost.seconds for name, cost in costs.items()})
         with _stopping_on_sigterm():
             try:
-                self._loop(waiting, bar)
-            except KeyboardInterrupt:
+                self._loop(bar, follow)
+            except BaseException:
                 self._stop()
                 raise
             finally:
                 bar.close()
         return self.failures
 
-    def _loop(self, waiting: list[Cell], bar: "Progress") -> None:
+    def _add(self, cells: list[Cell]) -> None:
+        """To those that wait, unless they are known: of two cells that end together, each may call for them."""
+        new = [cell for cell in cells if cell.name not in self._known]
+        self._known.update(cell.name for cell in new)
+        self._waiting = sorted([*self._waiting, *new], key=lambda cell: -self._costs[cell.name].seconds)
+
+    def _loop(self, bar: "Progress", follow: Callable[[Cell], list[Cell]]) -> None:
         free_since = time.monotonic()
-        while waiting or self._running:
-            while waiting and len(self._running) < self._jobs:
-                cell = next((cell for cell in waiting if self._places(cell) and _free(cell)), None)
+        while self._waiting or self._running:
+            while len(self._running) < self._jobs:
+                cell = next((cell for cell in self._waiting if self._places(cell) and _free(cell)), None)
                 if cell is None:
                     break
-                waiting.remove(cell)
-                if not is_done(cell.out, cell.config.train.steps):  # by another process in the meantime
+                self._waiting.remove(cell)
+                if is_done(cell.out, cell.config.train.steps):  # by another process in the meantime
+                    self._add(follow(cell))
+                else:
                     self._start(cell, self._places(cell)[0])
             if self._running:
                 free_since = time.monotonic()
             elif time.monotonic() - free_since > BUSY_SECONDS:
-                self.failures += [Failure(cell, "another process has its folder", self._log(cell)) for cell in waiting]
+                busy = "another process has its folder"
+                self.failures += [Failure(cell, busy, self._log(cell)) for cell in self._waiting]
                 return
             time.sleep(POLL_SECONDS)
             for ended in [running for running in self._running if running.process.poll() is not None]:
                 self._running.remove(ended)
                 self._note(ended, bar)
+                self._add(follow(ended.cell))
             bar.show([running.cell for running in self._running], len(self.failures))
 
     def _start(self, cell: Cell, device: str | None) -> None:
@@ -175,8 +192,10 @@ class Runner:
 class Progress:
     """A bar over all cells by their cost, or a line for each that ends where nobody watches."""
 
-    def __init__(self, cells: list[Cell], weights: dict[str, float]) -> None:
-        self._weights, self._ended, self._cells = weights, 0.0, len(cells)
+    def __init__(self, cells: list[Cell], seconds: dict[str, float]) -> None:
+        whole = sum(seconds[cell.name] for cell in cells)
+        self._weights = {name: its / whole for name, its in seconds.items()} if cells else {}
+        self._ended, self._cells = 0.0, len(cells)
         self._left = len(cells)
         self._shown = time.monotonic()
         line = "{percentage:3.0f} %|{bar}| {elapsed}<{remaining}{postfix}"

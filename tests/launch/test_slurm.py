@@ -267,15 +267,20 @@ def submit_sweep(cluster: Cluster, folder: Path, data: Path) -> "subprocess.Comp
 
 def test_a_study_is_one_array_of_what_is_missing(cluster: Cluster, dataset_folder: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "base.yaml", tiny_tree(dataset_folder, tmp_path / "unused", train__steps=10))
-    tree = {"question": "?", "base": "base.yaml", "out": str(tmp_path / "study"), "grids": [{"train.seed": [0, 1]}]}
+    grid = {"optim.lr": [0.001, 0.01], "train.seed": [0, 1]}
+    tree = {"question": "?", "base": "base.yaml", "out": str(tmp_path / "study"), "tune": "first_seed", "grids": [grid]}
     command = ["study", "run", str(write_config(tmp_path / "study.yaml", tree))]
     slurm = ("--slurm", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--share")
-    folders = [tmp_path / "study" / "cells" / f"seed={seed}" for seed in (0, 1)]
+    cells = tmp_path / "study" / "cells"
     first = megaboat(cluster, *command, *slurm)
     assert first.stdout.count("job ") == 2, first.stderr
-    until(lambda: all(is_done(folder, 10) for folder in folders), PATIENCE, "both cells")
+    assert "the same command submits 1 more, at the best learning rates" in first.stdout
+    until(lambda: all(is_done(cells / f"lr={rate}_seed=0", 10) for rate in (0.001, 0.01)), PATIENCE, "the first seed")
+    second = megaboat(cluster, *command, *slurm)
+    assert second.stdout.count("job ") == 1, second.stderr
+    until(lambda: any(is_done(folder, 10) for folder in cells.glob("*_seed=1")), PATIENCE, "the other")
     again = megaboat(cluster, *command, *slurm)
-    assert "2 done" in again.stdout
+    assert "3 done" in again.stdout
     assert again.stdout.count("job ") == 0
     assert "report: " in megaboat(cluster, "study", "report", str(tmp_path / "study")).stdout
 

@@ -19,11 +19,12 @@ from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import write_outcome
 from megaboat.errors import BadInput
-from megaboat.tools.study_data import Group, read_findings
+from megaboat.tools.study_data import Findings, Group, read_findings
 from megaboat.tools.study_page import fit_all, write_study_report
-from megaboat.tools.study_plan import Plan, check_folders, read_study, write_study
+from megaboat.tools.study_plan import Plan, check_folders, plan_table, read_study, write_study
 from megaboat.tools.study_run import state_of
 from megaboat.tools.study_time import bits_after
+from megaboat.tools.study_tune import borders, choose, ready
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import dataset_folder, tiny_tree
 from tests.engine.runs import start_command, wait_until, write_config
@@ -81,6 +82,58 @@ def test_a_grid_is_every_combination_and_grids_are_joined(tmp_path: Path) -> Non
     write_study(plan)
     again = read_study(tmp_path / "study", tmp_path / "study")
     assert [(cell.name, cell.config) for cell in again.cells] == [(cell.name, cell.config) for cell in plan.cells]
+
+
+def test_where_the_first_seed_tunes_the_others_are_planned_at_one_rate(tmp_path: Path) -> None:
+    three = SEEDS | {"c": {"train.seed": 2}}
+    grids = [
+        {"size": SIZES, "optim.lr": [1e-3, 2e-3, 4e-3], "seed": three},
+        {"size": {"two": SIZES["two"]}, "optim.lr": [8e-3], "seed": SEEDS},
+    ]
+    plan = study(tmp_path, grids, tune="first_seed")
+    assert len(plan.cells) == 27 + 2
+    two = next(combination for combination in plan.combinations if combination.levels == {"size": "two"})
+    assert [cell.levels for cell in two.first] == [
+        {"size": "two", "lr": str(rate), "seed": "a"} for rate in (1e-3, 2e-3, 4e-3, 8e-3)
+    ]
+    assert [cell.levels["seed"] for cell in two.following(2e-3)] == ["b", "c"]
+    assert [cell.levels["seed"] for cell in two.following(8e-3)] == ["b"]
+    assert {its.levels["size"]: len(its.at_most) for its in plan.combinations} == {"one": 5, "two": 6, "three": 5}
+    assert ready(plan) == [cell for combination in plan.combinations for cell in combination.first]
+    table = plan_table(plan, "H100")
+    planned = {line.split()[0]: line.split()[1] for line in table.splitlines()}
+    assert (planned["one"], planned["two"]) == ("5", "6")
+    assert re.search(r"in all +16 ", table)
+    write_study(plan)
+    assert read_study(tmp_path / "study", tmp_path / "study").study.tune == "first_seed"
+
+
+@pytest.mark.parametrize(("grid", "lacks"), [({"optim.lr": [1e-3]}, "seeds"), ({"train.seed": [0, 1]}, "optim.lr")])
+def test_tuning_by_the_first_seed_needs_rates_and_seeds(grid: dict[str, Any], lacks: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=rf"tune: first_seed needs an axis .*{lacks}"):
+        study(tmp_path, [grid], tune="first_seed")
+
+
+@pytest.mark.parametrize(
+    ("bits", "rate", "side"),
+    [
+        ([1.3, 1.1, 1.2], 2e-3, ""),
+        ([1.1, 1.2, 1.3], 1e-3, "smallest"),
+        ([1.3, 1.2, 1.1], 4e-3, "largest"),
+        ([1.3, 1.2, math.nan], 2e-3, ""),  # diverged, so it was tried
+        ([1.3, 1.2], 2e-3, "largest"),
+        ([1.3], 1e-3, ""),
+    ],
+)
+def test_the_best_rate_and_whether_it_lies_at_the_border(
+    bits: list[float], rate: float, side: str, tmp_path: Path
+) -> None:
+    plan = study(tmp_path, [{"optim.lr": [1e-3, 2e-3, 4e-3], "seed": SEEDS}], tune="first_seed")
+    (combination,) = plan.combinations
+    found = choose(combination, {cell.name: value for cell, value in zip(combination.first, bits, strict=False)})
+    assert found is not None
+    assert (found.rate, found.bits, found.side) == (rate, min(bits), side)
+    assert choose(combination, {cell.name: 1.0 for cell in combination.others}) is None
 
 
 def test_overrides_that_are_none_are_refused(tmp_path: Path) -> None:
@@ -157,6 +210,53 @@ def test_groups_hold_the_seeds_of_the_best_rate(measured: Plan) -> None:
     assert (first.bits, first.test_bits) == (last["overall"]["bits_per_byte"], test["overall"]["bits_per_byte"])
 
 
+def first_seed_tunes(measured: Plan, folder: Path, *without: str) -> Findings:
+    """What a study finds that has the runs of `measured`, but lets the first seed tune; cells left out by name."""
+    folder.mkdir()
+    for cell in measured.cells:
+        if cell.name not in without:
+            (folder / "cells" / cell.name).parent.mkdir(exist_ok=True)
+            (folder / "cells" / cell.name).symlink_to(cell.out)
+    found = read_study(write_study_file(folder, folder, measured.study.grids, tune="first_seed"), out=folder)
+    return read_findings(found)
+
+
+def test_the_first_seed_alone_chooses_the_rate_and_the_others_follow(measured: Plan, tmp_path: Path) -> None:
+    everything = read_findings(measured)
+    findings = first_seed_tunes(measured, tmp_path / "whole")
+    assert (findings.done, findings.wanted, len(findings.results)) == (9, 9, 12)
+    following = [cell.name for cell in ready(findings.plan) if cell.levels["seed"] == "b"]
+    for group, all_seeds in zip(findings.groups, everything.groups, strict=True):
+        of_first = {
+            rate: result.bits
+            for rate, results in everything.rates(all_seeds.levels).items()
+            for result in results
+            if result.cell.levels["seed"] == "a"
+        }
+        assert group.rate == min(of_first, key=of_first.__getitem__)
+        assert [result.cell.levels["seed"] for result in group.results] == ["a", "b"]
+        assert group.results[1].cell.name in following
+        assert [len(results) for results in findings.rates(group.levels).values()] == [1, 1]
+    assert len(following) == len(borders(findings.plan)) == 3, "of two rates, either is at the border"
+    other = next(cell.name for cell in measured.cells if cell.levels["seed"] == "b" and cell.name not in following)
+    assert first_seed_tunes(measured, tmp_path / "enough", other).done == 9, "nobody waits for the worse rate"
+
+
+def test_a_second_wave_that_has_not_run_is_told(measured: Plan, tmp_path: Path) -> None:
+    one, two = (f"lr={rate}_seed=a_size=one" for rate in (0.001, 0.01))
+    waits = first_seed_tunes(measured, tmp_path / "waits", one)
+    assert (waits.done, waits.wanted) == (7, 9)
+    assert waits.notes[:2] == [
+        "1 of 9 cells wait for the first seed to have tried all rates.",
+        f"1 of 9 cells have not begun: {one}.",
+    ]
+    assert {group.name for group in first_seed_tunes(measured, tmp_path / "none", one, two).groups} == {"two", "three"}
+    seeds = [cell.name for cell in measured.cells if cell.levels["seed"] == "b"]
+    first = first_seed_tunes(measured, tmp_path / "first", *seeds)
+    assert (first.done, first.wanted, len(first.notes)) == (6, 9, 1)
+    assert first.notes[0].startswith("3 of 9 cells have not begun: ")
+
+
 def test_quality_at_equal_time_lies_between_evaluations_and_stays_when_the_run_has_ended(measured: Plan) -> None:
     group = read_findings(measured).groups[0]
     result = group.results[0]
@@ -213,17 +313,19 @@ def report_of(folder: Path) -> tuple[str, list[list[str]]]:
 def test_killed_and_run_again_only_what_is_missing_runs_and_the_report_is_the_same(
     dataset_folder: Path, tmp_path: Path
 ) -> None:
-    """With a cell that fails beside the others, and the noise of the Gumbel arm, which must be drawn again alike."""
+    """With a cell that fails beside the others, the noise of the Gumbel arm, which must be drawn again alike, and a
+    second seed that waits for the first to choose its rate."""
     grids = [
-        {"model.configurator": ["tempered", "gumbel"], "seed": SEEDS},
+        {"model.configurator": ["gumbel"], "optim.lr": [1e-3, 1e-2], "seed": SEEDS},
         {"broken": {"yes": {"data.max_epochs": 1e-6}}},
     ]
-    files = [write_study_file(tmp_path / name, dataset_folder, grids) for name in ("calm", "killed")]
+    files = [write_study_file(tmp_path / name, dataset_folder, grids, tune="first_seed") for name in ("calm", "killed")]
     calm = start_command("study", "run", str(files[0]), "train.steps=40", "--jobs", "2")
     words = calm.communicate(timeout=900)[0]
     assert calm.returncode == 1
     assert "broken=yes failed: exit code 2" in words
-    assert "4 of 5 cells are done" in words
+    last = r"3 of 4 cells are done: megaboat study report .*; the best learning rate is at the border .*gumbel \(0.0"
+    assert re.search(last, words)
     killed = start_command("study", "run", str(files[1]), "train.steps=40", "--jobs", "2")
     cells = tmp_path / "killed" / "study" / "cells"
     wait_until(lambda: any(path.read_text().count("\n") > 10 for path in cells.glob("*/metrics.jsonl")), killed)
@@ -232,11 +334,15 @@ def test_killed_and_run_again_only_what_is_missing_runs_and_the_report_is_the_sa
     done = {
         path.parent: path.stat().st_mtime_ns for path in cells.glob("*/outcome.json") if '"done"' in path.read_text()
     }
-    assert len(done) < 4
+    assert len(done) < 3
     again = start_command("study", "run", str(files[1]), "train.steps=40", "--jobs", "2")
-    assert "4 of 5 cells are done" in again.communicate(timeout=900)[0]
+    assert re.search(last, again.communicate(timeout=900)[0])
     for folder, written in done.items():
         assert (folder / "outcome.json").stat().st_mtime_ns == written, "a cell that was done ran again"
+    ran = [sorted(path.name for path in (tmp_path / name / "study" / "cells").iterdir()) for name in ("calm", "killed")]
+    assert ran[0] == ran[1]
     assert report_of(tmp_path / "calm") == report_of(tmp_path / "killed")
-    assert "4 of 5 cells are done" in report_of(tmp_path / "killed")[0]
+    page = report_of(tmp_path / "killed")[0]
+    assert "3 of 4 cells are done" in page
+    assert "that seed alone tried all rates" in page
     assert yaml.safe_load((tmp_path / "killed" / "study" / "study.yaml").read_text())["set"] == {"train.steps": 40}
