@@ -14,7 +14,7 @@ from megaboat.kernels.margin import margins
 from megaboat.kernels.norm import branch_norm, layer_norm
 from megaboat.kernels.recompute import elementwise as recompute_elementwise
 from megaboat.kernels.rotary import rotary_heads
-from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, plan_rows, room
+from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, few_sizes, plan_rows, room
 
 __all__ = [
     "ActiveRows",
@@ -28,6 +28,7 @@ __all__ = [
     "ema",
     "extract",
     "fan_out",
+    "few_sizes",
     "join_rows",
     "layer_norm",
     "linear",

@@ -17,8 +17,8 @@ def join_rows_triton(
     base_XD: Tensor, y_RD: Tensor, confidence_X: Tensor, rows: ActiveRows, residual_XD: Tensor | None
 ) -> Tensor:
     """`join.join_rows` for bf16, fp16 and fp32."""
-    # Rows without token (capacity mode) are written by nobody.
-    unused = rows.used is not None
+    # Rows without token are written by nobody.
+    unused = rows.spare if rows.used is None else rows.count
     return _JoinRows.apply(base_XD, y_RD, confidence_X, rows.row_X, unused, residual_XD)
 
 
@@ -49,7 +49,9 @@ class _JoinRows(torch.autograd.Function):
         X, D = dout_XD.shape
         through_silu = sum_XD is not None
         dsum_XD = torch.empty_like(sum_XD) if through_silu else dout_XD
-        dy_RD = torch.zeros_like(y_RD) if ctx.unused else torch.empty_like(y_RD)
+        dy_RD = torch.empty_like(y_RD)
+        if ctx.unused:
+            dy_RD[len(dy_RD) - ctx.unused :].zero_()
         dconfidence_X = torch.empty_like(confidence_X)
         if X > 0:
             join_bwd_kernel[(X,)](

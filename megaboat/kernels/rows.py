@@ -25,13 +25,13 @@ class ActiveRows:
     """Which token each active row is, and where each token's row lies."""
 
     token_R: Tensor
-    """int64: the flattened token of each row, ascending; 0 for the unused rows of capacity mode."""
+    """int64: the flattened token of each row, ascending; -1 for spare rows, 0 for the unused rows of capacity mode."""
     row_X: Tensor
     """int64: the row of each token; -1 where inactive."""
     cu_seqlens: Tensor
     """int32 (S + 1,): the rows of document s are cu_seqlens[s]:cu_seqlens[s+1]; documents without rows are empty.
 
-    In capacity mode one more piece follows, the unused rows: attention then writes every row it was given.
+    Where there may be spare or unused rows they are one more piece: attention then writes every row it was given.
     """
     longest: int | None = None
     """No document has more rows; None: not known on the host."""
@@ -39,6 +39,8 @@ class ActiveRows:
     """Capacity mode: int32 (1,), how many of the R rows are active. None: all of them."""
     overflow: Tensor | None = None
     """Capacity mode: int64 (), how many active tokens had no row."""
+    spare: int = 0
+    """Rows at the end that no token has, zeros and without gradient: they make R one of few numbers."""
 
     @property
     def count(self) -> int:
@@ -59,31 +61,44 @@ def plan_rows(active_X: Tensor, cu_seqlens: Tensor, capacity: int | None = None)
 class PendingRows:
     """A plan whose size is on its way to the host."""
 
-    active_X: Tensor
+    token_X: Tensor
+    """The token of each row, then -1: as long as R may become."""
     row_X: Tensor
     cu_seqlens: Tensor
     sizes: Tensor
-    """int64 (2,), pinned: R and the rows of the longest document, valid once `arrived` has happened."""
+    """int64 (2,), pinned: active rows and the rows of the longest piece, valid once `arrived` has happened."""
+    multiple: int
+    """R is one of this number."""
     arrived: torch.cuda.Event | None
 
     def finish(self) -> ActiveRows:
         """Wait for the sizes; the only place where exact mode holds the host."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        R, longest = self.sizes.tolist()
-        token_R = torch.nonzero_static(self.active_X, size=R).flatten()
-        return ActiveRows(token_R, self.row_X, self.cu_seqlens, longest)
+        active, longest = self.sizes.tolist()
+        R = -(-active // self.multiple) * self.multiple
+        return ActiveRows(self.token_X[:R], self.row_X, self.cu_seqlens, longest, spare=R - active)
 
 
-def begin_plan(active_X: Tensor, cu_seqlens: Tensor) -> PendingRows:
-    """Start packing and the copy of the sizes; do other work on the device, then call `finish`."""
-    row_X, cu_rows, sizes = _place(active_X, cu_seqlens)
+def begin_plan(active_X: Tensor, cu_seqlens: Tensor, multiple: int = 1) -> PendingRows:
+    """Start packing and the copy of the sizes; do other work on the device, then call `finish`.
+
+    multiple: of what R is one; the rows that are missing to it are spare. A power of two.
+    """
+    token_X, row_X, cu_rows, sizes = _place(active_X, cu_seqlens, multiple)
     if not active_X.is_cuda:
-        return PendingRows(active_X, row_X, cu_rows, sizes, None)
+        return PendingRows(token_X, row_X, cu_rows, sizes, multiple, None)
     sizes = torch.empty(2, dtype=sizes.dtype, device="cpu", pin_memory=True).copy_(sizes, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    return PendingRows(active_X, row_X, cu_rows, sizes, arrived)
+    return PendingRows(token_X, row_X, cu_rows, sizes, multiple, arrived)
+
+
+def few_sizes(active_X: Tensor) -> int:
+    """A multiple for `begin_plan` that leaves no more than 256 different R, at the cost of 1 / 256 of the tokens as
+    spare rows on average; 1 on a CPU. On GPUs the library of products spends a quarter of a millisecond of the host's
+    time on each size that it has not seen."""
+    return 1 << max(0, (len(active_X) // 128).bit_length() - 1) if active_X.is_cuda else 1
 
 
 def room(share: float, tokens: int) -> int:
@@ -91,17 +106,26 @@ def room(share: float, tokens: int) -> int:
     return math.ceil(share * tokens / 8) * 8
 
 
-def _place(active_X: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The row of each token, -1 where inactive, the rows before each border (int32), and two sizes (int64): all rows,
-    and those of the longest document."""
+def _place(active_X: Tensor, cu_seqlens: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The token of each row, -1 for what comes after the rows; the row of each token, -1 where inactive; the rows
+    before each border (int32), and with a `multiple` of rows another border behind the spare ones; two sizes (int64):
+    active rows, and those of the longest piece."""
     if active_X.is_cuda:
         from megaboat.kernels.rows_triton import place_triton
 
-        return place_triton(active_X, cu_seqlens)
+        return place_triton(active_X, cu_seqlens, multiple)
+    X, device = len(active_X), active_X.device
     count_X = active_X.cumsum(0)
     borders = torch.nn.functional.pad(count_X, (1, 0))[cu_seqlens.long()]
+    if multiple > 1:
+        borders = torch.cat([borders, -(-borders[-1:] // multiple) * multiple])
     row_X = (count_X - 1).masked_fill_(~active_X, -1)
-    return row_X, borders.int(), torch.stack([borders[-1], borders.diff().amax()])
+    # Inactive tokens write to one slot past the end, which is cut off.
+    longest_R = X + multiple - 1
+    slot_X = row_X.masked_fill(row_X < 0, longest_R)
+    token_X = row_X.new_full((longest_R + 1,), -1).scatter_(0, slot_X, torch.arange(X, device=device))[:longest_R]
+    total = count_X[-1] if X else count_X.new_zeros(())
+    return token_X, row_X, borders.int(), torch.stack([total, borders.diff().amax()])
 
 
 def _plan_capacity(active_X: Tensor, cu_seqlens: Tensor, capacity: int) -> ActiveRows:
@@ -110,12 +134,9 @@ def _plan_capacity(active_X: Tensor, cu_seqlens: Tensor, capacity: int) -> Activ
 
         row_X, token_R, cu, overflow = place_within_triton(active_X, cu_seqlens, capacity)
         return ActiveRows(token_R, row_X, cu, capacity, cu[-2:-1], overflow)
-    row_X, cu_rows, sizes = _place(active_X, cu_seqlens)
+    token_X, row_X, cu_rows, sizes = _place(active_X, cu_seqlens)
     row_X = row_X.masked_fill_(row_X >= capacity, -1)
-    # Inactive tokens write to one slot past the end, which is cut off.
-    slot_X = row_X.masked_fill(row_X < 0, capacity)
-    tokens = torch.arange(len(active_X), device=active_X.device)
-    token_R = tokens.new_zeros(capacity + 1).scatter_(0, slot_X, tokens)[:capacity]
+    token_R = torch.nn.functional.pad(token_X, (0, max(0, capacity - len(token_X))))[:capacity].clamp_min(0)
     cu = torch.nn.functional.pad(cu_rows.clamp_max_(capacity), (0, 1), value=capacity)
     return ActiveRows(token_R, row_X, cu, capacity, cu[-2:-1], (sizes[0] - capacity).clamp_min(0))
 

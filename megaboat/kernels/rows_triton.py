@@ -8,28 +8,34 @@ from torch import Tensor
 BLOCK = 1024
 
 
-def place_triton(active_X: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The row of each token (int64, -1 where inactive), the rows before each border (int32), and two sizes (int64):
-    all rows, and those of the longest document."""
+def place_triton(active_X: Tensor, cu_seqlens: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`rows._place`."""
     X, borders, active_X = len(active_X), len(cu_seqlens), active_X.contiguous()  # one of several modules' columns
     count_X = active_X.cumsum(0)
     row_X = torch.empty_like(count_X)
-    cu_rows = torch.empty_like(cu_seqlens, dtype=torch.int32)
+    token_X = row_X.new_empty(X + multiple - 1)
+    cu_rows = cu_seqlens.new_empty(borders + (multiple > 1), dtype=torch.int32)
     sizes = row_X.new_empty(2)
-    place_kernel[(triton.cdiv(X, BLOCK) + 1,)](
-        active_X, count_X, cu_seqlens, row_X, cu_rows, sizes, X, borders, BLOCK, num_warps=8
+    place_kernel[(triton.cdiv(len(token_X), BLOCK) + 1,)](
+        active_X, count_X, cu_seqlens, token_X, row_X, cu_rows, sizes, X, borders, multiple, BLOCK, num_warps=8
     )
-    return row_X, cu_rows, sizes
+    return token_X, row_X, cu_rows, sizes
 
 
 @triton.jit
-def place_kernel(active, count, cu, row, cu_rows, sizes, X, borders, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first program takes the borders, each other one a block of tokens."""
+def place_kernel(  # type: ignore[no-untyped-def]
+    active, count, cu, token, row, cu_rows, sizes, X, borders, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The first program takes the borders, each other one a block of tokens, and of rows that no token may have."""
+    total = tl.load(count + X - 1, mask=X > 0, other=0)
     if tl.program_id(0) > 0:
         o_x = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
         b_count = tl.load(count + o_x, mask=o_x < X, other=0)
-        b_active = tl.load(active + o_x, mask=o_x < X, other=0)
-        tl.store(row + o_x, tl.where(b_active != 0, b_count - 1, -1), mask=o_x < X)
+        b_active = tl.load(active + o_x, mask=o_x < X, other=0) != 0
+        b_row = tl.where(b_active, b_count - 1, -1)
+        tl.store(row + o_x, b_row, mask=o_x < X)
+        tl.store(token + b_row, o_x.to(tl.int64), mask=b_active)
+        tl.store(token + o_x, tl.full([BLOCK], -1, tl.int64), mask=(o_x >= total) & (o_x < X + MULTIPLE - 1))
     else:
         b_longest = tl.zeros([BLOCK], tl.int64)
         for s in range(0, borders, BLOCK):
@@ -39,8 +45,13 @@ def place_kernel(active, count, cu, row, cu_rows, sizes, X, borders, BLOCK: tl.c
             m_s = o_s + 1 < borders
             b_after = rows_before(count, cu, o_s + 1, m_s)
             b_longest = tl.maximum(b_longest, tl.where(m_s, b_after - b_before, 0))
-        tl.store(sizes, tl.load(count + X - 1, mask=X > 0, other=0))
-        tl.store(sizes + 1, tl.max(b_longest, axis=0))
+        longest = tl.max(b_longest, axis=0)
+        if MULTIPLE > 1:
+            end = (total + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+            tl.store(cu_rows + borders, end.to(tl.int32))
+            longest = tl.maximum(longest, end - total)
+        tl.store(sizes, total)
+        tl.store(sizes + 1, longest)
 
 
 def place_within_triton(active_X: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

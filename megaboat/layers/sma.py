@@ -31,6 +31,8 @@ class SparseModularActivation(nn.Module):
         self.configurator = Configurator(width, len(self.units), arm)
         self.run: Callable[..., Tensor] = operator.call
         """How a unit is called with its arguments: here, or by ranks that share their rows."""
+        self.spare_rows = True
+        """Units may be given rows that no token has (`kernels.few_sizes`); not where ranks share rows."""
 
     def route(
         self, h_BTD: Tensor, active_XM: Tensor | None = None, side: kernels.SideGradients | None = None
@@ -38,9 +40,10 @@ class SparseModularActivation(nn.Module):
         """The decisions for each token, or those of `active_XM` again. `side`: see `kernels.fan_out`."""
         return self.configurator(h_BTD.flatten(0, 1), active_XM, side)
 
-    def plan(self, routing: Routing, docs: Documents) -> list[PendingRows]:
+    def plan(self, routing: Routing, docs: Documents, spare_rows: bool = False) -> list[PendingRows]:
         """Start packing each module's rows: their numbers travel to the host while other work is launched."""
-        return [kernels.begin_plan(active_X, docs.cu_seqlens) for active_X in routing.active_XM.unbind(1)]
+        multiple = kernels.few_sizes(routing.active_XM) if spare_rows and self.spare_rows else 1
+        return [kernels.begin_plan(active_X, docs.cu_seqlens, multiple) for active_X in routing.active_XM.unbind(1)]
 
     def plan_within(self, capacity: int, routing: Routing, docs: Documents) -> tuple[Routing, list[ActiveRows]]:
         """So many rows for each module, without a word to the host; tokens that get none count as inactive."""

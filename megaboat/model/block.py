@@ -69,7 +69,7 @@ class SeqBoatBlock(nn.Module):
         # The linear map runs between the plan and its use, so that the host does not wait for the plan's sizes.
         plans: Sequence[PendingRows | ActiveRows]
         if capacity is None:
-            plans = self.sma.plan(routing, docs)
+            plans = self.sma.plan(routing, docs, spare_rows=state is None)
         else:
             routing, plans = self.sma.plan_within(capacity, routing, docs)
         base_BTD = self.linear(for_linear_BTD)

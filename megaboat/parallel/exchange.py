@@ -30,6 +30,7 @@ def join(model: SeqBoat, group: dist.ProcessGroup) -> None:
     for module in model.modules():
         if isinstance(module, SparseModularActivation):
             module.run = partial(run_evenly, window=model.config.window, group=group)
+            module.spare_rows = False
 
 
 class Parts(NamedTuple):

@@ -19,6 +19,7 @@ from megaboat.layers.documents import Documents
 from megaboat.layers.ema import DampedEMA
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.memory import KeyRows, WorkingMemory
+from megaboat.layers.sma import SparseModularActivation
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.seqboat import SeqBoat
 from megaboat.parallel.collectives import add_up, stack_ranks
@@ -31,6 +32,8 @@ def join(model: SeqBoat, group: dist.ProcessGroup) -> None:
             module.arrive = partial(arriving_state, group=group)
         elif isinstance(module, GatedAttentionUnit):
             module.recall = partial(earlier_rows, window=module.window, group=group)
+        elif isinstance(module, SparseModularActivation):
+            module.spare_rows = False
 
 
 class Traffic(NamedTuple):

@@ -14,7 +14,7 @@ from megaboat.kernels.join import join_rows
 from megaboat.kernels.linear import mixed_linear
 from megaboat.kernels.norm import layer_norm
 from megaboat.kernels.rotary import rotary_heads, turns
-from megaboat.kernels.rows import compress, plan_rows
+from megaboat.kernels.rows import begin_plan, compress, plan_rows
 from tests.kernels.checks import FLOOR, assert_as_exact_as_torch, outputs_and_gradients
 from tests.kernels.test_ema_triton import DEVICES
 
@@ -254,12 +254,19 @@ def test_rotary_heads(R: int, G: int, Z: int, dtype: torch.dtype, device: str) -
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(("ratio", "capacity"), [(0.0, None), (0.4, None), (1.0, None), (0.4, 20), (0.2, 40)])
-def test_join_rows(ratio: float, capacity: int | None, residual: bool, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "capacity", "multiple"),
+    [(0.0, None, 1), (0.4, None, 1), (1.0, None, 1), (0.4, 20, 1), (0.2, 40, 1), (0.4, None, 16), (1.0, None, 16)],
+)
+def test_join_rows(
+    ratio: float, capacity: int | None, multiple: int, residual: bool, dtype: torch.dtype, device: str
+) -> None:
     X, D = 50, 70
     active_X, cu = torch.rand(X) < ratio, torch.tensor([0, 13, 50], dtype=torch.int32)
-    here = plan_rows(active_X, cu, capacity)
-    there = plan_rows(active_X.to(device), cu.to(device), capacity)
+    here, there = (
+        plan_rows(a, borders, capacity) if multiple == 1 else begin_plan(a, borders, multiple).finish()
+        for a, borders in ((active_X, cu), (active_X.to(device), cu.to(device)))
+    )
     inputs = {"base": random(X, D), "y": random(here.count, D), "confidence": torch.rand(X, dtype=torch.float64)}
     if residual:
         inputs["residual"] = random(X, D)

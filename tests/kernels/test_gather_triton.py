@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megaboat.kernels.rows import plan_rows
+from megaboat.kernels.rows import begin_plan
 from tests.kernels.test_ema_triton import DEVICES
 
 gather_triton = pytest.importorskip("megaboat.kernels.gather_triton", reason="triton is not installed")
@@ -30,17 +30,26 @@ def test_gather_from_or_to_no_rows(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("borders", [[0, 3, 3, 40, 41, 100], [0, 100], [*range(0, 1300, 7), 1300], [0]])
-def test_plan_of_rows(borders: list[int], ratio: float, device: str) -> None:
+def test_plan_of_rows(borders: list[int], multiple: int, ratio: float, device: str) -> None:
     active_X = torch.rand(borders[-1]) < ratio
     cu = torch.tensor(borders, dtype=torch.int32)
     of_two_X2 = torch.stack([active_X, ~active_X], 1).to(device)  # a layer's second module skips what the first takes
-    row_X, cu_rows, sizes = (x.cpu() for x in rows_triton.place_triton(of_two_X2[:, 0], cu.to(device)))
-    rows = plan_rows(active_X, cu) if len(borders) > 1 else None
+    placed = rows_triton.place_triton(of_two_X2[:, 0], cu.to(device), multiple)
+    token_X, row_X, cu_rows, sizes = (x.cpu() for x in placed)
     assert cu_rows.dtype == torch.int32
-    assert sizes.tolist() == [int(active_X.sum()), rows.longest if rows else 0]
-    assert torch.equal(row_X, rows.row_X if rows else torch.empty(0, dtype=torch.int64))
-    assert torch.equal(cu_rows, rows.cu_seqlens if rows else cu)
+    assert len(token_X) == len(active_X) + multiple - 1
+    active = int(active_X.sum())
+    assert torch.equal(token_X[:active], active_X.nonzero().flatten())
+    assert (token_X[active:] == -1).all()
+    if len(borders) == 1:
+        assert (sizes.tolist(), row_X.tolist(), cu_rows.tolist()) == ([0, 0], [], [0] * (1 + (multiple > 1)))
+        return
+    rows = begin_plan(active_X, cu, multiple).finish()
+    assert sizes.tolist() == [active, rows.longest]
+    assert torch.equal(row_X, rows.row_X)
+    assert torch.equal(cu_rows, rows.cu_seqlens)
 
 
 @pytest.mark.parametrize("device", DEVICES)

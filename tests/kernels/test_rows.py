@@ -49,6 +49,27 @@ def test_compress_and_extract_match_the_reference(ratio: float, device: str) -> 
     assert torch.equal(compress(extract(y_RD, rows), rows), y_RD)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_spare_rows_fill_up_to_a_multiple(ratio: float, device: str) -> None:
+    active_X, cu = activity(ratio, device)
+    rows, exact = begin_plan(active_X, cu, multiple=16).finish(), plan_rows(active_X, cu)
+    assert rows.count % 16 == 0
+    assert rows.spare == rows.count - exact.count < 16
+    assert torch.equal(rows.row_X, exact.row_X)
+    assert rows.token_R.tolist() == [*exact.token_R.tolist(), *[-1] * rows.spare]
+    assert rows.cu_seqlens.tolist() == [*exact.cu_seqlens.tolist(), rows.count]
+    assert exact.longest is not None
+    assert rows.longest == max(exact.longest, rows.spare)
+    x_XD = torch.randn(100, 7, device=device, requires_grad=True)
+    h_RD = compress(x_XD, rows)
+    assert torch.equal(h_RD[: exact.count], compress(x_XD, exact))
+    assert (h_RD[exact.count :] == 0).all()
+    y_RD = torch.randn(rows.count, 7, device=device, requires_grad=True)
+    (dy_RD,) = torch.autograd.grad(extract(y_RD, rows).sum(), y_RD)
+    assert dy_RD.sum(1).tolist() == [7.0] * exact.count + [0.0] * rows.spare
+
+
 def test_gradcheck() -> None:
     rows = plan_rows(*activity(0.3, "cpu"))
     x_XD = torch.randn(100, 2, dtype=torch.float64, requires_grad=True)

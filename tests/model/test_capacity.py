@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaboat import kernels
-from megaboat.kernels import room
+from megaboat.kernels import ActiveRows, PendingRows, room
 from megaboat.kernels.linear import mixed_linear
 from megaboat.layers.configurator import Configurator, Routing
 from megaboat.layers.documents import Documents
@@ -75,6 +75,26 @@ def test_with_rows_to_spare_it_is_exact_mode(style: dict, capacity: float) -> No
     assert_same(limited, exact)
     assert all(routing.overflow_M.sum() == 0 for routing in limited.routings)
     assert all(routing.overflow_M is None for routing in exact.routings)
+
+
+@EACH_STYLE
+def test_with_spare_rows_it_is_exact_mode(style: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, where the number of rows is a multiple; each layer has some to spare here."""
+    model = small_model(dtype=torch.float64, **style)
+    exact = train(model, None)
+    given = []
+
+    def finish(plan: PendingRows) -> ActiveRows:
+        given.append(of_plan(plan))
+        return given[-1]
+
+    of_plan = PendingRows.finish
+    monkeypatch.setattr(kernels, "few_sizes", lambda active_XM: 16)
+    monkeypatch.setattr(PendingRows, "finish", finish)
+    filled_up = train(model, None)
+    assert_same(filled_up, exact)
+    assert all(rows.count % 16 == 0 for rows in given)
+    assert any(rows.spare > 0 for rows in given)
 
 
 @EACH_STYLE
