@@ -116,7 +116,10 @@ class RunConfig(Section):
         arm = self.model.configurator if isinstance(self.model, SeqBoatConfig) else "tempered"
         steering = [key for key in ("budget", "floor", "ratio_loss", "capacity") if getattr(self.balance, key)]
         if arm in ("always", "never") and steering:
-            raise ValueError(f"balance.{steering[0]} steers decisions, and model.configurator {arm} takes none")
+            off = "null" if steering[0] in ("budget", "capacity") else "0"
+            raise ValueError(
+                f"balance.{steering[0]} steers decisions, and model.configurator {arm} takes none; set it to {off}"
+            )
         return self
 
     def with_vocabulary(self, size: int) -> "RunConfig":

@@ -104,6 +104,11 @@ def test_off_means_untouched() -> None:
     assert not any(layer._forward_hooks for layer in model.layers)
 
 
+def test_a_dense_model_has_nothing_to_steer() -> None:
+    loss = torch.tensor(1.0)
+    assert Control(torch.nn.Linear(2, 2), BalanceConfig(ratio_loss=0.1)).add_losses(loss, [], 1.0) is loss
+
+
 def test_ratio_loss_by_finite_differences() -> None:
     margin_XM = torch.randn(20, 2, dtype=torch.float64, requires_grad=True)
     fraction_M, temperature_M = torch.tensor([0.2, 0.7]).double(), torch.tensor([1.5, 3.0]).double()

@@ -57,8 +57,8 @@ class Control:
 
     def add_losses(self, loss: Tensor, routings: list[Routing], scale: float) -> Tensor:
         """`loss` and the weighted losses of a micro-batch: summed over its tokens times `scale`, mean over layers."""
-        if not (self.config.ratio_loss or self.config.z_loss):
-            return loss
+        if not routings or not (self.config.ratio_loss or self.config.z_loss):
+            return loss  # a dense model takes no decisions
         margin_LXM = torch.stack([routing.margin_XM for routing in routings])
         temperature_L1M = torch.stack([routing.temperature_M for routing in routings])[:, None]
         share = scale / temperature_L1M.numel()
