@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+TENSORS = ("tokens_BT", "targets_BT", "positions_BT", "cu_seqlens", "sources_B")
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens_BT", "targets_BT", "positions_BT", "cu_seqlens", "sources_B")
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory: its way to a GPU does not hold the host until the GPU is idle."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in TENSORS})
 
     def micro_batches(self, rows: int) -> list["Batch"]:
         """The batch in parts of `rows` rows, the last one perhaps smaller."""

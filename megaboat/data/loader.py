@@ -36,7 +36,8 @@ class Loader:
 
     total_windows: length of the run, if known, so that data.max_epochs can refuse it now. assign: from the first window
     of a global batch to those of it that this rank reads, in that order; at the start it must know LEAD batches, and
-    one more before each `next` but the first. Raises BadInput when config, dataset and ranks do not fit together.
+    one more before each `next` but the first. pinned: batches lie in page-locked memory, for a GPU. Raises BadInput
+    when config, dataset and ranks do not fit together.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Loader:
         consumed_windows: int = 0,
         total_windows: int | None = None,
         assign: Callable[[int], np.ndarray] | None = None,
+        pinned: bool = False,
     ):
         if global_batch < dp_size:
             raise BadInput(f"a global batch of {global_batch:,} windows leaves some of {dp_size:,} ranks without any")
@@ -59,6 +61,7 @@ class Loader:
             check_epochs(config, self.order, self.source_names, total_windows)
         self.consumed_windows = consumed_windows
         self._assign = assign or (lambda first: share(first, global_batch, dp_rank, dp_size))
+        self._pinned = pinned
         self._prefetch = _Prefetch(self._batches(consumed_windows))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -152,7 +155,8 @@ class Loader:
         reader = WindowReader(self.config, self.dataset, self.order.locate)
         while True:
             try:
-                yield reader.read_windows(self._assign(first), row_length(self.config, first))
+                batch = reader.read_windows(self._assign(first), row_length(self.config, first))
+                yield batch.pinned() if self._pinned else batch
             except DamagedBlock as damage:
                 raise self._with_remedy(damage, first) from None
             first += self.global_batch

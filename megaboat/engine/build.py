@@ -96,6 +96,7 @@ def _open_owned(
         consumed_windows=consumed,
         total_windows=config.train.steps * config.train.global_batch,
         assign=balance.dealer.windows_of if balance else None,
+        pinned=ranks.device.type == "cuda",
     )
     if checkpoint is not None:
         loader.check_resume(checkpoint.state["data"])

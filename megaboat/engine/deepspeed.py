@@ -110,6 +110,7 @@ class Engine:
         self._clip = config.optim.clip
         self.names = dict(model.named_parameters())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._norm: Tensor | None = None  # of the gradients as they are, at stage 0
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -134,12 +135,14 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`; DeepSpeed averages over ranks, and nothing else scales it."""
+        self._norm = None
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def gradient_norm(self) -> float:
         """The gradient's norm over all ranks after the last micro-batch; -1, inf or nan where it is not finite."""
         if self.stage == 0:
-            return float(self._norm_without_zero())
+            self._norm = self._norm_without_zero()
+            return float(self._norm)
         if self.stage == 3:
             return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
         return float(self._optimizer.scaled_global_norm())
@@ -151,7 +154,8 @@ class Engine:
         if self.stage == 0 and self._clip:
             # DeepSpeed would take the norm of each tensor by itself, a thousand launches.
             gradients = [p for p in self.names.values() if p.grad is not None]
-            nn.utils.clip_grads_with_norm_(gradients, self._clip, self._norm_without_zero())
+            norm = self._norm_without_zero() if self._norm is None else self._norm
+            nn.utils.clip_grads_with_norm_(gradients, self._clip, norm)
         self._engine.step()
 
     def skip(self) -> None:

@@ -145,7 +145,9 @@ class Trainer:
     def _forward_backward(self, batch: Batch, work: Stopwatch) -> StepSums:
         """Gradients of the mean loss over the targets of all ranks: normalised by the global count, never per rank."""
         self.engine.train()
-        targets = self.ranks.sum((batch.targets_BT != IGNORE).sum().to(self.ranks.device))
+        targets = (batch.targets_BT != IGNORE).sum()
+        if self.ranks.replicas > 1:  # on one copy it stays with the host, whose number a product takes as it is
+            targets = self.ranks.sum(targets.to(self.ranks.device))
         scale = self.ranks.replicas / targets  # DeepSpeed divides the sum over replicas by their number
         tokens = self.config.train.global_batch * self.config.data.seq_len
         sums = StepSums(self.config)

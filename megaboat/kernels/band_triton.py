@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import next_power_of_2
+
 if TYPE_CHECKING:
     from megaboat.kernels.band import Band
 
@@ -21,7 +23,7 @@ def band_softmax_triton(scores: Tensor, band: "Band", cu_seqlens: Tensor, scale:
     if band.R > 0:
         band_softmax_kernel[(band.R,)](
             scores, weights, cu_seqlens, len(cu_seqlens), band.R, band.window, scale, band.span, band.block,
-            band.blocks * band.block, COLUMNS, triton.next_power_of_2(len(cu_seqlens)),
+            band.blocks * band.block, COLUMNS, next_power_of_2(len(cu_seqlens)),
         )  # fmt: skip
     return weights
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import cdiv
+
 BLOCK = 1024
 
 
@@ -24,7 +26,7 @@ class _Coefficients(torch.autograd.Function):
         ctx.save_for_backward(*parameters)
         decay_DN, weight_DN = torch.empty_like(parameters[0]), torch.empty_like(parameters[0])
         size, N = decay_DN.numel(), decay_DN.shape[1]
-        coefficients_fwd_kernel[(triton.cdiv(size, BLOCK),)](*parameters, decay_DN, weight_DN, size, N**-0.5, BLOCK)
+        coefficients_fwd_kernel[(cdiv(size, BLOCK),)](*parameters, decay_DN, weight_DN, size, N**-0.5, BLOCK)
         return decay_DN, weight_DN
 
     @staticmethod
@@ -32,7 +34,7 @@ class _Coefficients(torch.autograd.Function):
         parameters = ctx.saved_tensors
         gradients = [torch.empty_like(parameter) for parameter in parameters]
         size, N = parameters[0].numel(), parameters[0].shape[1]
-        coefficients_bwd_kernel[(triton.cdiv(size, BLOCK),)](
+        coefficients_bwd_kernel[(cdiv(size, BLOCK),)](
             *parameters, ddecay_DN.contiguous(), dweight_DN.contiguous(), *gradients, size, N**-0.5, BLOCK
         )
         return tuple(gradients)

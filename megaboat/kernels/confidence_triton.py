@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import cdiv
+
 BLOCK = 1024
 
 
@@ -22,9 +24,7 @@ class _Confidences(torch.autograd.Function):
         X, M = margin_XM.shape
         out_XM = torch.empty_like(margin_XM)
         if X > 0:
-            confidence_fwd_kernel[(triton.cdiv(X, BLOCK), M)](
-                margin_XM, log_temperature_M, active_XM, out_XM, X, M, BLOCK
-            )
+            confidence_fwd_kernel[(cdiv(X, BLOCK), M)](margin_XM, log_temperature_M, active_XM, out_XM, X, M, BLOCK)
         ctx.save_for_backward(margin_XM, log_temperature_M, active_XM)
         return out_XM
 
@@ -33,9 +33,9 @@ class _Confidences(torch.autograd.Function):
         margin_XM, log_temperature_M, active_XM = ctx.saved_tensors
         X, M = margin_XM.shape
         dmargin_XM = torch.empty_like(margin_XM)
-        partial_PM = margin_XM.new_empty(triton.cdiv(X, BLOCK), M)
+        partial_PM = margin_XM.new_empty(cdiv(X, BLOCK), M)
         if X > 0:
-            confidence_bwd_kernel[(triton.cdiv(X, BLOCK), M)](
+            confidence_bwd_kernel[(cdiv(X, BLOCK), M)](
                 margin_XM, log_temperature_M, active_XM, dout_XM.contiguous(), dmargin_XM, partial_PM, X, M, BLOCK
             )
         return dmargin_XM, partial_PM.sum(0), None

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from megaboat.kernels import ema_bwd_triton as bwd
@@ -11,6 +10,7 @@ from megaboat.kernels import ema_fwd_triton as fwd
 from megaboat.kernels.ema_common_triton import GROUP as _GROUP
 from megaboat.kernels.ema_common_triton import pack_resets_kernel
 from megaboat.kernels.recompute import offer
+from megaboat.kernels.sizes import cdiv
 
 GROUP = _GROUP.value
 WARPS = 4
@@ -50,19 +50,19 @@ class Cut:
     @property
     def K(self) -> int:
         """Chunks of a row."""
-        return triton.cdiv(self.T, self.C)
+        return cdiv(self.T, self.C)
 
     @property
     def G(self) -> int:
         """Groups of a row."""
-        return triton.cdiv(self.T, GROUP)
+        return cdiv(self.T, GROUP)
 
     def grid(self, chunks: int) -> tuple[int, int, int]:
-        return triton.cdiv(self.D, self.BD), chunks, self.B
+        return cdiv(self.D, self.BD), chunks, self.B
 
     @property
     def carry_grid(self) -> tuple[int, int]:
-        return triton.cdiv(self.N * self.D, CARRY_LANES), self.B
+        return cdiv(self.N * self.D, CARRY_LANES), self.B
 
     @property
     def log_C(self) -> int:
@@ -82,7 +82,7 @@ def cut_backward(B: int, T: int, D: int, N: int) -> Cut:
 def _cut(B: int, T: int, D: int, N: int, lanes: int) -> Cut:
     BD = 32 * WARPS * lanes
     C = LONGEST_CHUNK
-    while C > SHORTEST_CHUNK and B * triton.cdiv(D, BD) * triton.cdiv(T, C) < PROGRAMS:
+    while C > SHORTEST_CHUNK and B * cdiv(D, BD) * cdiv(T, C) < PROGRAMS:
         C //= 2
     return Cut(B, T, D, N, C, BD)
 
@@ -119,9 +119,9 @@ class _Ema(torch.autograd.Function):
 def _pack_resets(first: Tensor) -> Tensor:
     """(B, T) bool -> (B, T / GROUP) uint8, a bit for each token."""
     B, T = first.shape
-    G, BG = triton.cdiv(T, GROUP), 128
+    G, BG = cdiv(T, GROUP), 128
     resets = torch.empty(B, G, dtype=torch.uint8, device=first.device)
-    pack_resets_kernel[(triton.cdiv(G, BG), B)](first, resets, T, G, BG)
+    pack_resets_kernel[(cdiv(G, BG), B)](first, resets, T, G, BG)
     return resets
 
 

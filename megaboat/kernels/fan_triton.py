@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megaboat.kernels.fan import SideGradients
+from megaboat.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 2048
 TOKENS = 4  # of a program: they share the weights of a thin map
@@ -47,9 +48,9 @@ def meet_triton(dense: Tensor | None, rows: tuple[Tensor, Tensor] | None, thin: 
     dm_XM, weight_MD = (None, None) if thin is None else (thin[0].contiguous(), thin[1].contiguous())
     out_XD = like.new_empty(X, D)
     if X > 0:
-        meet_kernel[(triton.cdiv(X, TOKENS),)](
+        meet_kernel[(cdiv(X, TOKENS),)](
             dense_XD, dy_RD, row_X, dm_XM, weight_MD, out_XD, X, D, 0 if weight_MD is None else len(weight_MD),
-            dense is not None, rows is not None, TOKENS, triton.next_power_of_2(D), num_warps=8,
+            dense is not None, rows is not None, TOKENS, next_power_of_2(D), num_warps=8,
         )  # fmt: skip
     return out_XD
 
@@ -62,7 +63,7 @@ def add_triton(parts: Sequence[Tensor]) -> Tensor:
     third = others[0] if others else first
     out = torch.empty_like(first)
     if out.numel() > 0:
-        grid = (triton.cdiv(out.numel(), BLOCK),)
+        grid = (cdiv(out.numel(), BLOCK),)
         add_kernel[grid](first, second, third, out, out.numel(), bool(others), BLOCK, num_warps=8)
     return add_triton([out, *others[1:]])
 

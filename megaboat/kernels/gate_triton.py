@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import cdiv
+
 BLOCK = 2048
 
 
@@ -20,7 +22,7 @@ class _SiluGate(torch.autograd.Function):
         ctx.save_for_backward(a, b)
         out = torch.empty_like(a)
         if a.numel() > 0:
-            gate_fwd_kernel[(triton.cdiv(a.numel(), BLOCK),)](a, b, out, a.numel(), BLOCK)
+            gate_fwd_kernel[(cdiv(a.numel(), BLOCK),)](a, b, out, a.numel(), BLOCK)
         return out
 
     @staticmethod
@@ -28,7 +30,7 @@ class _SiluGate(torch.autograd.Function):
         a, b = ctx.saved_tensors
         da, db = torch.empty_like(a), torch.empty_like(b)
         if a.numel() > 0:
-            grid = (triton.cdiv(a.numel(), BLOCK),)
+            grid = (cdiv(a.numel(), BLOCK),)
             gate_bwd_kernel[grid](a, b, dout.contiguous(), da, db, a.numel(), BLOCK)
         return da, db
 

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import cdiv, next_power_of_2
+
 
 def gather_rows_triton(x_XD: Tensor, index_R: Tensor) -> Tensor:
     """out[i] = x[index[i]], or zeros where index[i] is -1: (X, D), int64 (R,) -> (R, D). Not differentiable."""
@@ -11,8 +13,8 @@ def gather_rows_triton(x_XD: Tensor, index_R: Tensor) -> Tensor:
     R, D = index_R.shape[0], x_XD.shape[1]
     out_RD = x_XD.new_empty(R, D)
     if R > 0:
-        BD = min(triton.next_power_of_2(D), 4096)
-        gather_rows_kernel[(R, triton.cdiv(D, BD))](x_XD, index_R, out_RD, D, BD)
+        BD = min(next_power_of_2(D), 4096)
+        gather_rows_kernel[(R, cdiv(D, BD))](x_XD, index_R, out_RD, D, BD)
     return out_RD
 
 

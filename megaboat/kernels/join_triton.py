@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megaboat.kernels.recompute import offer
 from megaboat.kernels.rows import ActiveRows
+from megaboat.kernels.sizes import next_power_of_2
 
 
 def join_rows_triton(
@@ -34,7 +35,7 @@ class _JoinRows(torch.autograd.Function):
         if X > 0:
             join_fwd_kernel[(X,)](
                 base_XD, y_RD, confidence_X, row_X, residual_XD, sum_XD, out_XD, D, through_silu,
-                triton.next_power_of_2(D),
+                next_power_of_2(D),
             )  # fmt: skip
         if sum_XD is not None:
             offer(out_XD, lambda: torch.nn.functional.silu(sum_XD))
@@ -56,7 +57,7 @@ class _JoinRows(torch.autograd.Function):
         if X > 0:
             join_bwd_kernel[(X,)](
                 dout_XD, y_RD, confidence_X, row_X, sum_XD, dsum_XD, dy_RD, dconfidence_X, D, through_silu,
-                triton.next_power_of_2(D),
+                next_power_of_2(D),
             )  # fmt: skip
         base_dtype, residual_dtype = ctx.dtypes
         dresidual_XD = dsum_XD.to(residual_dtype) if through_silu else None

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import cdiv
+
 PROGRAMS = 66  # down a column of blocks: with 8 columns four on each of a Hopper's 132 multiprocessors
 ROWS, COLUMNS = 16, 256
 
@@ -13,9 +15,9 @@ def column_sum_triton(x_XE: Tensor) -> Tensor:
     """The sum over rows in fp32: (X, E) -> (E,)."""
     x_XE = x_XE.contiguous()
     X, E = x_XE.shape
-    programs = max(1, min(PROGRAMS, triton.cdiv(X, ROWS)))
+    programs = max(1, min(PROGRAMS, cdiv(X, ROWS)))
     partial_PE = x_XE.new_empty(programs, E, dtype=torch.float32)
-    column_sum_kernel[(programs, triton.cdiv(E, COLUMNS))](x_XE, partial_PE, X, E, ROWS, COLUMNS)
+    column_sum_kernel[(programs, cdiv(E, COLUMNS))](x_XE, partial_PE, X, E, ROWS, COLUMNS)
     return partial_PE.sum(0)
 
 

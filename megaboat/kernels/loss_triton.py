@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import next_power_of_2
+
 LOWEST = tl.constexpr(-1e38)  # of absent logits; with -inf a lane that sees none would compute inf - inf
 
 
@@ -12,7 +14,7 @@ def cross_entropy_triton(logits_XV: Tensor, targets_X: Tensor, ignore_index: int
     """Negative log-likelihoods (X,) in fp32; `logits_XV` becomes its own gradient, softmax minus one-hot."""
     X, V = logits_XV.shape
     nll_X = logits_XV.new_empty(X, dtype=torch.float32)
-    BV = min(triton.next_power_of_2(V), 4096)
+    BV = min(next_power_of_2(V), 4096)
     cross_entropy_kernel[(X,)](logits_XV, targets_X, nll_X, V, ignore_index, BV, num_warps=8)
     return nll_X
 

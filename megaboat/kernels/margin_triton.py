@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megaboat.kernels.fan import SideGradients
 from megaboat.kernels.norm_triton import PROGRAMS
+from megaboat.kernels.sizes import cdiv, next_power_of_2
 
 TOKENS = 4  # of a program forward: they share the weights
 
@@ -32,8 +33,8 @@ class _Margins(torch.autograd.Function):
         weight_MD = weight_MD.contiguous()
         margin_XM = h_XD.new_empty(X, M, dtype=torch.float32)
         if X > 0:
-            margin_fwd_kernel[(triton.cdiv(X, TOKENS),)](
-                h_XD, center_D, weight_MD, bias_M, margin_XM, X, D, M, TOKENS, triton.next_power_of_2(D), num_warps=8
+            margin_fwd_kernel[(cdiv(X, TOKENS),)](
+                h_XD, center_D, weight_MD, bias_M, margin_XM, X, D, M, TOKENS, next_power_of_2(D), num_warps=8
             )
         ctx.save_for_backward(h_XD, center_D, weight_MD)
         ctx.side = side
@@ -50,7 +51,7 @@ class _Margins(torch.autograd.Function):
         partial_PMD = h_XD.new_empty(programs, M, D, dtype=torch.float32)
         if X > 0:
             margin_bwd_kernel[(programs,)](
-                h_XD, center_D, weight_MD, dmargin_XM, dh_XD, partial_PMD, X, D, M, full, triton.next_power_of_2(D),
+                h_XD, center_D, weight_MD, dmargin_XM, dh_XD, partial_PMD, X, D, M, full, next_power_of_2(D),
                 num_warps=8,
             )  # fmt: skip
         if not full:

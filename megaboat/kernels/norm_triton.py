@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import next_power_of_2
+
 PROGRAMS = 528  # four on each of a Hopper's 132 multiprocessors: rows enough in flight, few partial sums
 
 
@@ -31,7 +33,7 @@ class _LayerNorm(torch.autograd.Function):
         stats_X2 = x_XD.new_empty(X, 2, dtype=torch.float32)
         if X > 0:
             norm_fwd_kernel[(X,)](
-                x_XD, weight_D, bias_D, y_XD, stats_X2, D, eps, weight_D is not None, triton.next_power_of_2(D)
+                x_XD, weight_D, bias_D, y_XD, stats_X2, D, eps, weight_D is not None, next_power_of_2(D)
             )
         ctx.save_for_backward(x_XD, weight_D, stats_X2)
         ctx.set_materialize_grads(False)  # there is no second gradient where nobody goes on with x
@@ -51,11 +53,11 @@ class _LayerNorm(torch.autograd.Function):
         if X > 0:
             norm_bwd_kernel[(programs,)](
                 x_XD, weight_D, stats_X2, dy.contiguous(), dx.contiguous() if beside else dx_XD, dx_XD, partial_P2D,
-                X, D, affine, beside, triton.next_power_of_2(D), num_warps=8,
+                X, D, affine, beside, next_power_of_2(D), num_warps=8,
             )  # fmt: skip
         if not affine:
             return dx_XD.view_as(dy), None, None, None
-        dweight_D, dbias_D = partial_P2D.sum(0).to(weight_D.dtype)
+        dweight_D, dbias_D = partial_P2D.sum(0).to(weight_D.dtype).unbind()  # a tensor as an iterator is slower
         return dx_XD.view_as(dy), dweight_D, dbias_D, None
 
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import cdiv, next_power_of_2
+
 ROWS = 16
 
 
@@ -27,9 +29,9 @@ class _RotaryHeads(torch.autograd.Function):
         (R, Z), G = z_RZ.shape, len(scale_GZ)
         out_RGZ = z_RZ.new_empty(R, G, Z)
         if R > 0:
-            rotary_fwd_kernel[(triton.cdiv(R, ROWS),)](
+            rotary_fwd_kernel[(cdiv(R, ROWS),)](
                 z_RZ, scale_GZ.contiguous(), bias_GZ.contiguous(), positions_R, turns_P, out_RGZ, R, G, Z // 2,
-                ROWS, triton.next_power_of_2(Z // 2),
+                ROWS, next_power_of_2(Z // 2),
             )  # fmt: skip
         ctx.save_for_backward(z_RZ, scale_GZ, positions_R, turns_P)
         return out_RGZ
@@ -39,14 +41,14 @@ class _RotaryHeads(torch.autograd.Function):
         z_RZ, scale_GZ, positions_R, turns_P = ctx.saved_tensors
         (R, Z), G = z_RZ.shape, len(scale_GZ)
         dz_RZ = torch.empty_like(z_RZ)
-        programs = triton.cdiv(R, ROWS)
+        programs = cdiv(R, ROWS)
         partial_P2GZ = z_RZ.new_empty(programs, 2, G, Z, dtype=torch.float32)
         if R > 0:
             rotary_bwd_kernel[(programs,)](
                 z_RZ, scale_GZ.contiguous(), positions_R, turns_P, dout_RGZ.contiguous(), dz_RZ, partial_P2GZ,
-                R, G, Z // 2, ROWS, triton.next_power_of_2(Z // 2),
+                R, G, Z // 2, ROWS, next_power_of_2(Z // 2),
             )  # fmt: skip
-        dscale_GZ, dbias_GZ = partial_P2GZ.sum(0).to(scale_GZ.dtype)
+        dscale_GZ, dbias_GZ = partial_P2GZ.sum(0).to(scale_GZ.dtype).unbind()
         return dz_RZ, dscale_GZ, dbias_GZ, None, None
 
 

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaboat.kernels.sizes import cdiv
+
 BLOCK = 1024
 
 
@@ -16,7 +18,7 @@ def place_triton(active_X: Tensor, cu_seqlens: Tensor, multiple: int) -> tuple[T
     token_X = row_X.new_empty(X + multiple - 1)
     cu_rows = cu_seqlens.new_empty(borders + (multiple > 1), dtype=torch.int32)
     sizes = row_X.new_empty(2)
-    place_kernel[(triton.cdiv(len(token_X), BLOCK) + 1,)](
+    place_kernel[(cdiv(len(token_X), BLOCK) + 1,)](
         active_X, count_X, cu_seqlens, token_X, row_X, cu_rows, sizes, X, borders, multiple, BLOCK, num_warps=8
     )
     return token_X, row_X, cu_rows, sizes
@@ -61,7 +63,7 @@ def place_within_triton(active_X: Tensor, cu_seqlens: Tensor, capacity: int) -> 
     count_X = active_X.cumsum(0)
     row_X, token_R, overflow = torch.empty_like(count_X), count_X.new_empty(capacity), count_X.new_empty(())
     cu_rows = cu_seqlens.new_empty(borders + 1, dtype=torch.int32)
-    place_within_kernel[(triton.cdiv(max(X, capacity), BLOCK) + 1,)](
+    place_within_kernel[(cdiv(max(X, capacity), BLOCK) + 1,)](
         active_X, count_X, cu_seqlens, row_X, token_R, cu_rows, overflow, X, borders, capacity, BLOCK, num_warps=8
     )
     return row_X, token_R, cu_rows, overflow

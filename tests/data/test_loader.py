@@ -392,3 +392,18 @@ def test_reading_far_ahead_changes_nothing(dataset: Dataset) -> None:
     fresh = WindowReader(config, dataset, make_order(config, dataset, GLOBAL_BATCH).locate)
     assert torch.equal(near.tokens_BT, fresh.read(100, 110).tokens_BT)
     assert torch.equal(far.tokens_BT, fresh.read(50_000, 50_010).tokens_BT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_pinned_batches_reach_the_gpu_without_a_wait(dataset: Dataset) -> None:
+    loader = Loader(config_of(), dataset, GLOBAL_BATCH, pinned=True)
+    batch, (same,) = next(loader), take(dataset, config_of(), 1)
+    loader.close()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = batch.to("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(there.tokens_BT.cpu(), same.tokens_BT)
+    assert torch.equal(there.cu_seqlens.cpu(), same.cu_seqlens)
