@@ -19,7 +19,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -28,12 +28,15 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
 from torch import Tensor, nn
 
 from megaboat.engine.optim import parameter_groups
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig, effective_stage
+from megaboat.model.block import SeqBoatBlock
+from megaboat.model.memory import BUCKET, BUCKET_3
 from megaboat.model.seqboat import SeqBoat
 from megaboat.parallel import exchange, sequence, tensor
 
@@ -91,7 +94,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
         micro_steps = config.train.global_batch // (config.train.micro_batch * ranks.data_size)
         self._outlines = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
-        self._group = ranks.tensor_group
+        self._ranks, self._group = ranks, ranks.tensor_group
         self._cut: dict[str, int] = {}
         if self._group is not None:
             assert isinstance(model, SeqBoat), "check_world refuses tensor parallelism for others"
@@ -102,6 +105,9 @@ class Engine:
         if config.balance.exchange > 1:
             assert isinstance(model, SeqBoat), "and an exchange of rows"
             exchange.join(model, ranks.neighbours(config.balance.exchange))
+        if config.parallel.zero == 3 and isinstance(model, SeqBoat):
+            # Hooks around each of a block's modules cost the host more than launching all of its kernels.
+            set_z3_leaf_modules(model, [SeqBoatBlock])
         groups = parameter_groups(model, config.optim.weight_decay)
         self._offloads = config.parallel.offload == "optimizer"
         fused = ranks.device.type == "cuda" or self._offloads
@@ -120,6 +126,10 @@ class Engine:
         )
         if self.stage == 0 and ranks.replicas == 1:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients twice to add up nothing
+        if self.stage == 3:
+            self._optimizer.get_grad_norm_direct = self._norm_of_slices
+            # Each would be gathered by itself after a step; not gathered there, they come with the rest of their block.
+            self._optimizer.persistent_parameters = []
         self._create_states()
 
     @property
@@ -278,6 +288,18 @@ class Engine:
         parts = nn.utils.get_total_norm([gradient for name, gradient in gradients.items() if name in self._cut])
         return torch.linalg.vector_norm(torch.cat([tensor.whole(parts[None], 0, self._group), norm[None]]))
 
+    def _norm_of_slices(self, gradients: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
+        """Of a group over all ranks, -1 where it is not finite: ZeRO-3's own takes three launches for every tensor."""
+        pairs = zip(gradients, parameters, strict=True)
+        counted = [  # what tensor ranks hold alike counts once
+            gradient for gradient, p in pairs if self._ranks.tensor_rank == 0 or is_model_parallel_parameter(p)
+        ]
+        square = nn.utils.get_total_norm(counted).to(self._engine.device).square()
+        self._ranks.sum(square)
+        if self._group is not None:
+            torch.distributed.all_reduce(square, group=self._group)
+        return torch.where(square.isfinite(), square.sqrt(), -1.0)
+
     def _whole(self, name: str, mine: Tensor) -> Tensor:
         if self._group is None or name not in self._cut:
             return mine
@@ -305,6 +327,9 @@ def _settings(config: RunConfig, micro_steps: int, stage: int) -> dict[str, Any]
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,
+            "reduce_bucket_size": BUCKET if stage < 3 else BUCKET_3,
+            # It would put a slower product in the place of torch's, for the whole process.
+            "memory_efficient_linear": False,
             "offload_optimizer": {
                 "device": "cpu" if config.parallel.offload == "optimizer" else "none",
                 "pin_memory": True,

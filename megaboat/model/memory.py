@@ -19,6 +19,7 @@ from megaboat.model.llama import Llama
 from megaboat.model.seqboat import SeqBoat
 
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements, allocated whole whatever the model's size
+BUCKET_3 = 100_000_000  # the same under ZeRO-3: what is left when the backward pass ends is not sent beside it
 LIVE = 1_000_000_000  # its stage3_max_live_parameters: the most that ZeRO-3 gathers at a time
 
 # {class: {parameter: dimension}}: what each rank of a tensor-parallel group holds a part of.
@@ -206,4 +207,4 @@ def _buffers(parameters: Parameters, layers: int, zero: int, data: int) -> float
     if zero < 3:
         return 2 * 4.0 * BUCKET
     gathered = parameters.total / layers if data == 1 else parameters.total  # in fp32; one rank has nothing to gather
-    return (2 + 4) * BUCKET + 4.0 * min(gathered, LIVE)
+    return (2 + 4) * BUCKET_3 + 4.0 * min(gathered, LIVE)

@@ -102,7 +102,7 @@ def test_a_forward_pass_keeps_what_is_planned() -> None:
 def states(ranks: Ranks, config: RunConfig) -> tuple[int, int]:
     """Bytes between two steps and between two micro-batches of a step; DeepSpeed's buckets left out."""
     ranks = ranks.in_mesh(config.parallel.tensor, config.parallel.sequence)
-    with LiveBytes(large=1 << 29) as live:
+    with LiveBytes(large=1 << 27) as live:
         engine = Engine(build_model(config.model, 0), config, ranks)
         engine.train()
         assert engine.names
