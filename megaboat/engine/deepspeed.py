@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from megaboat.engine.optim import parameter_groups
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig, effective_stage
+from megaboat.kernels import NarrowCopies
+from megaboat.layers.linear import Linear
 from megaboat.model.block import SeqBoatBlock
 from megaboat.model.memory import BUCKET, BUCKET_3
 from megaboat.model.seqboat import SeqBoat
@@ -131,6 +133,11 @@ class Engine:
             # Each would be gathered by itself after a step; not gathered there, they come with the rest of their block.
             self._optimizer.persistent_parameters = []
         self._create_states()
+        self._copies = None
+        self._copies_are_old = True
+        kept = self.stage == 0 and not config.train.checkpoint_activations  # all at once, by the backward pass
+        if kept and ranks.device.type == "cuda" and config.train.precision == "bf16":
+            self._copies = _narrow_copies(model)
 
     @property
     def module(self) -> nn.Module:
@@ -138,9 +145,16 @@ class Engine:
         return self._engine.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
+        if self._copies is None:
+            return self._engine(*args, **kwargs)
+        if self._copies_are_old:
+            self._copies.refresh()
+            self._copies_are_old = False
+        with self._copies.used():
+            return self._engine(*args, **kwargs)
 
     def train(self, on: bool = True) -> None:
+        self._copies_are_old = True
         self._engine.train(on)
 
     def backward(self, loss: Tensor) -> None:
@@ -167,6 +181,7 @@ class Engine:
             norm = self._norm_without_zero() if self._norm is None else self._norm
             nn.utils.clip_grads_with_norm_(gradients, self._clip, norm)
         self._engine.step()
+        self._copies_are_old = True
 
     def skip(self) -> None:
         """After the last micro-batch of a step: drop the gradients; weights and moments stay as they are.
@@ -228,6 +243,7 @@ class Engine:
     @torch.no_grad()
     def set_weights(self, full: Any) -> None:
         """Take parameters and buffers from `full[name]`. All ranks take part."""
+        self._copies_are_old = True
         for name, parameter in self.names.items():
             value = self._part(name, full[name]).to(self._engine.device)
             if self.stage == 3:
@@ -309,6 +325,13 @@ class Engine:
         if self._group is None or name not in self._cut:
             return whole
         return tensor.part(whole, self._cut[name], self._group).contiguous()
+
+
+def _narrow_copies(model: nn.Module) -> NarrowCopies | None:
+    """Of all that megaboat's linear maps multiply by; None for a model without them."""
+    maps = [module for module in model.modules() if isinstance(module, Linear)]
+    wide = [parameter for module in maps for parameter in module.parameters(recurse=False)]
+    return NarrowCopies(wide, torch.bfloat16) if wide else None
 
 
 def _own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:

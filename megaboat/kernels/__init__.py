@@ -7,7 +7,7 @@ from megaboat.kernels.ema import ema
 from megaboat.kernels.fan import SideGradients, fan_out, side_gradients
 from megaboat.kernels.gate import silu, silu_gate
 from megaboat.kernels.join import join_rows
-from megaboat.kernels.linear import linear
+from megaboat.kernels.linear import NarrowCopies, linear
 from megaboat.kernels.loss import linear_cross_entropy, token_nll
 from megaboat.kernels.loss_sharded import sharded_cross_entropy, sharded_token_nll
 from megaboat.kernels.margin import margins
@@ -18,6 +18,7 @@ from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress,
 
 __all__ = [
     "ActiveRows",
+    "NarrowCopies",
     "PendingRows",
     "SideGradients",
     "begin_plan",

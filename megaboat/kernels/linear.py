@@ -4,9 +4,40 @@ Autocast would round the gradient of a weight to bf16 and cast it back, and torc
 the memory's speed.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_copies: ContextVar[Mapping[int, Tensor] | None] = ContextVar("copies", default=None)  # by the id of the wide tensor
+
+
+class NarrowCopies:
+    """Parameters in a narrow dtype for all their products, in a few launches where each map casts its own in two.
+
+    Not where each product's copy is to be gone after it, as under activation checkpointing.
+    """
+
+    def __init__(self, wide: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._wide = [tensor.detach() for tensor in wide]
+        self._narrow = [torch.empty_like(tensor, dtype=dtype) for tensor in self._wide]
+        self._by_id = {id(tensor): narrow for tensor, narrow in zip(wide, self._narrow, strict=True)}
+
+    def refresh(self) -> None:
+        """Copy again, after the parameters have changed and before the next forward pass."""
+        torch._foreach_copy_(self._narrow, self._wide)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Maps that are called here take the copies."""
+        token = _copies.set(self._by_id)
+        try:
+            yield
+        finally:
+            _copies.reset(token)
 
 
 def linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
@@ -18,16 +49,22 @@ def linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor
 
 def mixed_linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     """`linear` for x in bf16 or fp16 and fp32 parameters, on any device."""
-    return _MixedLinear.apply(x, weight_ED, bias_E)
+    return _MixedLinear.apply(x, weight_ED, bias_E, _narrow(weight_ED, x.dtype), _narrow(bias_E, x.dtype))
+
+
+def _narrow(wide: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if wide is None:
+        return None
+    narrow = (_copies.get() or {}).get(id(wide))
+    return wide.detach().to(dtype) if narrow is None or narrow.dtype != dtype else narrow
 
 
 class _MixedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_ED, bias_E):  # type: ignore[no-untyped-def]
-        narrow_ED = weight_ED.to(x.dtype)
+    def forward(ctx, x, weight_ED, bias_E, narrow_ED, narrow_E):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, narrow_ED)
         ctx.has_bias = bias_E is not None
-        return F.linear(x, narrow_ED, bias_E.to(x.dtype) if ctx.has_bias else None)
+        return F.linear(x, narrow_ED, narrow_E)
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
@@ -35,7 +72,7 @@ class _MixedLinear(torch.autograd.Function):
         dout_XE, x_XD = dout.flatten(0, -2).contiguous(), x.flatten(0, -2)
         dx = (dout_XE @ narrow_ED).view_as(x) if ctx.needs_input_grad[0] else None
         dweight_ED = _wide_product(dout_XE.T, x_XD) if ctx.needs_input_grad[1] else None
-        return dx, dweight_ED, _column_sum(dout_XE) if ctx.has_bias else None
+        return dx, dweight_ED, _column_sum(dout_XE) if ctx.has_bias else None, None, None
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from megaboat.kernels.coefficients import damped_coefficients
 from megaboat.kernels.confidence import confidences
 from megaboat.kernels.fan import SideGradients
 from megaboat.kernels.join import join_rows
-from megaboat.kernels.linear import mixed_linear
+from megaboat.kernels.linear import NarrowCopies, mixed_linear
 from megaboat.kernels.norm import layer_norm
 from megaboat.kernels.rotary import rotary_heads, turns
 from megaboat.kernels.rows import begin_plan, compress, plan_rows
@@ -116,6 +116,29 @@ def test_mixed_linear(X: int, D: int, E: int, device: str) -> None:
     check(fused, plain, inputs, torch.bfloat16, device, frozenset({"weight", "bias"}))
     del inputs["bias"]
     check(fused, plain, inputs, torch.bfloat16, device, frozenset({"weight"}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_narrow_copies_change_nothing(device: str) -> None:
+    """The same bits as without, from weights that have changed too."""
+    weight, bias = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((5, 8), (5,)))
+    x = torch.randn(3, 8, device=device).bfloat16().requires_grad_()
+
+    def step() -> list[Tensor]:
+        out = mixed_linear(x, weight, bias)
+        return [out.detach(), *torch.autograd.grad(out, (x, weight, bias), torch.ones_like(out))]
+
+    copies = NarrowCopies([weight, bias], torch.bfloat16)
+    for _ in range(2):
+        copies.refresh()
+        alone = step()
+        with copies.used():
+            together = step()
+            with torch.no_grad():
+                weight.mul_(2)
+            assert torch.equal(step()[0], alone[0]), "the copies are old"
+        assert all(map(torch.equal, together, alone))
+        assert not torch.equal(step()[0], alone[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)
