@@ -20,18 +20,20 @@ def evaluation_batches(
     dp_rank: int = 0,
     dp_size: int = 1,
     max_tokens: int | None = None,
+    context: int = 0,
 ) -> Iterator[Batch]:
     """This rank's batches of `rows` windows over a source, or over its first `max_tokens` tokens.
 
     All tokens but the source's first are targets, once over all ranks. The last window is padded with IGNORE targets,
-    and ranks with whole windows of them. Raises BadInput for an unknown split or source.
+    and ranks with whole windows of them. Each window but the first begins with so many tokens that the one before it
+    scored, `context`. Raises BadInput for an unknown split or source.
     """
     tokens = dataset.source(split, source)
     number = dataset.splits[split].index(source)
     last = min(tokens.n_tokens, (max_tokens or tokens.n_tokens) + 1)
-    windows = -(-(last - 1) // config.seq_len)
+    windows = max(1, -(-(last - 1 - context) // (config.seq_len - context))) if last > 1 else 0
     for first in range(0, windows, rows * dp_size):
-        yield _batch(config, tokens, number, first + dp_rank * rows, rows, last)
+        yield _batch(config, tokens, number, first + dp_rank * rows, rows, last, context)
 
 
 def document_batches(
@@ -100,13 +102,15 @@ def _batch_of(windows: list[_Window], number: int) -> Batch:
     return batch
 
 
-def _batch(config: DataConfig, tokens: TokenSource, number: int, first: int, rows: int, last: int) -> Batch:
+def _batch(
+    config: DataConfig, tokens: TokenSource, number: int, first: int, rows: int, last: int, context: int
+) -> Batch:
     length = config.seq_len
     window_NL = np.zeros((rows, length + 1), tokens.dtype)
     documents = [np.empty(0, np.int64)] * rows
     real = np.zeros(rows, np.int64)  # targets in each row
     for row in range(rows):
-        start = (first + row) * length
+        start = (first + row) * (length - context)
         count = min(length + 1, last - start)
         if count > 1:
             (documents[row],) = tokens.read_windows(np.array([start]), window_NL[row : row + 1, :count])
@@ -115,5 +119,7 @@ def _batch(config: DataConfig, tokens: TokenSource, number: int, first: int, row
     batch = assemble(
         window_NL, documents, np.full(rows, number), crcs, range(first, first + rows), length, config.mask_first_target
     )
-    batch.targets_BT.numpy()[np.arange(length) >= real[:, None]] = IGNORE
+    known = np.where(np.arange(first, first + rows) > 0, context, 0)
+    place = np.arange(length)
+    batch.targets_BT.numpy()[(place < known[:, None]) | (place >= real[:, None])] = IGNORE
     return batch

@@ -29,13 +29,15 @@ def evaluate(
     split: str = "val",
     at_batch: Callable[[], None] = lambda: None,
     alone: bool = False,
+    context: int = 0,
 ) -> dict[str, Any]:
     """`{"split", "domains": {source: figures}, "overall": figures}` with nll in nats a token, perplexity,
     bits_per_byte, tokens, bytes and activation_ratio (a list, by layer).
 
     `forward` is the model in evaluation mode, or the engine around it. Up to `max_tokens` of each source are read.
     `at_batch` is called before each batch, equally often on all ranks; what it raises ends the evaluation.
-    `alone`: documents one by one instead of the packed text, in one process (`document_batches` says how).
+    `alone`: documents one by one instead of the packed text, in one process (`document_batches` says how); else
+    `context`: tokens that each window reads again before those that it scores.
     """
     assert not alone or ranks.size == 1, "documents are read by one process"
     sums = {}
@@ -46,7 +48,7 @@ def evaluate(
             borders = text.n_docs * sum(symbol is not None for symbol in (dataset.bos_id, dataset.eos_id))
         else:
             place = ranks.data_rank, ranks.data_size
-            batches = evaluation_batches(config, dataset, split, source, rows, *place, max_tokens)
+            batches = evaluation_batches(config, dataset, split, source, rows, *place, max_tokens, context)
             borders = 0
         parts = []
         for batch in batches:

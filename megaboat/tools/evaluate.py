@@ -4,6 +4,7 @@ megaboat eval runs/quickstart                         the validation split of th
 megaboat eval runs/quickstart --data corpora/other    another dataset made with the same tokenizer
 megaboat eval runs/quickstart --text novel.txt        a text of yours
 megaboat eval runs/quickstart --documents             each document alone, as `lm_eval` scores the export
+megaboat eval runs/enwik8 --split test --context 7000 overlapping rows, each token after 7,000 others or more
 megaboat eval runs/quickstart --activation-bias=-2,-1,0,1,2,inf --picture curve.png      quality against FLOPs
 """
 
@@ -47,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seq-len", type=_positive, metavar="T", help="tokens in a row; default: as in training")
     parser.add_argument(
+        "--context",
+        type=_positive,
+        default=0,
+        metavar="C",
+        help="score the last T - C tokens of each row, which follow C that were scored before: slower, and fairer to "
+        "each token than rows that begin with nothing; default: 0",
+    )
+    parser.add_argument(
         "--baselines",
         action="store_true",
         help="also token unigrams, bigrams and zlib -9; holds the training tokens in memory",
@@ -68,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
             "--baselines reads a whole packed split, and learns from the training split beside it: without --text, "
             "--max-tokens and --documents"
         )
+    if arguments.documents and arguments.context:
+        raise BadInput("--documents reads each document alone: without --context")
     if arguments.picture and not arguments.activation_bias:
         raise BadInput("--picture draws what --activation-bias measures: name some biases")
     loaded = load_run(arguments.run)
@@ -142,11 +153,14 @@ def _evaluation(arguments: argparse.Namespace, loaded: LoadedRun, dataset: Datas
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.model.to(device).eval()
     config = DataConfig(path=dataset.path, seq_len=arguments.seq_len or loaded.data.seq_len)
+    if arguments.context >= config.seq_len:
+        raise BadInput(f"--context {arguments.context}: rows have {config.seq_len} tokens, and some must be scored")
     bf16 = device.type == "cuda" and loaded.config.train.precision == "bf16"
 
     def evaluate_on(forward: Any) -> dict[str, Any]:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             ranks, limit = Ranks(0, 1, device), arguments.max_tokens
-            return evaluate(forward, config, dataset, ranks, ROWS, limit, arguments.split, alone=arguments.documents)
+            where = forward, config, dataset, ranks, ROWS, limit, arguments.split
+            return evaluate(*where, alone=arguments.documents, context=arguments.context)
 
     return evaluate_on

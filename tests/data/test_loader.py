@@ -379,6 +379,27 @@ def test_evaluation_scores_every_token_once_at_any_world_size(dataset: Dataset, 
             assert batch.cu_seqlens[-1] == 3 * SEQ_LEN
 
 
+@pytest.mark.parametrize("context", [1, 20, SEQ_LEN - 1])
+def test_overlapping_windows_score_every_token_once_after_its_context(dataset: Dataset, context: int) -> None:
+    source = dataset.source("val", "lib")
+    stream = torch.tensor(source.read(0, source.n_tokens).astype(np.int64))
+    ranks = [list(evaluation_batches(config_of(), dataset, "val", "lib", 3, i, 2, context=context)) for i in range(2)]
+    assert len(ranks[0]) == len(ranks[1])
+    batches = [batch for step in zip(*ranks, strict=True) for batch in step]
+    rows = [row for batch in batches for row in zip(batch.tokens_BT, batch.targets_BT, strict=True)]
+    scored = 0
+    for tokens_T, targets_T in rows:
+        places = (targets_T != IGNORE).nonzero().flatten()
+        if not len(places):
+            continue
+        assert places[0] == (context if scored else 0)
+        assert torch.equal(targets_T[places], stream[scored + 1 : scored + 1 + len(places)])
+        before = stream[scored + 1 - places[0] - 1 : scored + 1]
+        assert torch.equal(tokens_T[: len(before)], before)
+        scored += len(places)
+    assert scored == len(stream) - 1
+
+
 def test_evaluation_can_stop_early(dataset: Dataset) -> None:
     batches = evaluation_batches(config_of(), dataset, "val", "lib", 4, max_tokens=100)
     assert sum(int((batch.targets_BT != IGNORE).sum()) for batch in batches) == 100
