@@ -15,6 +15,7 @@ from megaboat.kernels.norm import branch_norm, layer_norm
 from megaboat.kernels.recompute import elementwise as recompute_elementwise
 from megaboat.kernels.rotary import rotary_heads
 from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, few_sizes, plan_rows, room
+from megaboat.kernels.scan import diagonal_scan
 
 __all__ = [
     "ActiveRows",
@@ -26,6 +27,7 @@ __all__ = [
     "compress",
     "confidences",
     "damped_coefficients",
+    "diagonal_scan",
     "ema",
     "extract",
     "fan_out",

@@ -36,6 +36,23 @@ def ema_recurrence(
     return torch.stack(y, dim=1), s_BDN
 
 
+def diagonal_recurrence(
+    u_BTP: Tensor, decay_P: Tensor, first_BT: Tensor | None = None, state_BP: Tensor | None = None
+) -> Tensor:
+    """h_t = [not first_t] decay * h_{t-1} + u_t at every token: h_BTP, complex as u and decay are.
+
+    `first_BT` and `state_BP`, h before the row's first token, as in `ema_recurrence`.
+    """
+    h_BP = torch.zeros_like(u_BTP[:, 0]) if state_BP is None else state_BP
+    h = []
+    for t in range(u_BTP.shape[1]):
+        if first_BT is not None:
+            h_BP = torch.where(first_BT[:, t, None], torch.zeros_like(h_BP), h_BP)
+        h_BP = decay_P * h_BP + u_BTP[:, t]
+        h.append(h_BP)
+    return torch.stack(h, dim=1)
+
+
 def compress(x_XD: Tensor, active_X: Tensor) -> Tensor:
     """The rows of the active tokens, in order: (X, D) -> (R, D)."""
     return x_XD[active_X]

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from megaboat import kernels
 from megaboat.kernels import ActiveRows
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import SSMS
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.memory import WorkingMemory
+from megaboat.layers.ssm import SSMS
 
 UNSEEN = -1e30  # no infinity: rows of padding see nothing, and their softmax would be NaN in the backward pass
 
@@ -19,11 +19,13 @@ UNSEEN = -1e30  # no infinity: rows of padding see nothing, and their softmax wo
 class BidirectionalEMA(nn.Module):
     """y_t = SiLU( sum_{j<=t} K1[t-j] x_j + sum_{j>=t} K2[j-t] x_j + skip x_t ): lag 0 counts in both sums.
 
-    The kernels K are those of the published moving average, or of another layer of `SSMS`.
+    The kernels K are those of the published moving average, or of another layer of `SSMS`, cut off after `reach` lags
+    (0: never).
     """
 
-    def __init__(self, width: int, order: int, ssm: str = "ema") -> None:
+    def __init__(self, width: int, order: int, ssm: str = "ema", reach: int = 0) -> None:
         super().__init__()
+        self.reach = reach
         self.forwards, self.backwards = SSMS[ssm](width, order), SSMS[ssm](width, order)
         self.backwards.register_parameter("skip", None)
 
@@ -31,8 +33,8 @@ class BidirectionalEMA(nn.Module):
         """`kept_BT` is False at padding, which the sums skip; padding stands behind the text."""
         x_BTD = x_BTD * kept_BT[..., None]
         skip_D = self.forwards.skip
-        ahead_BTD, _ = kernels.ema(x_BTD, *self.forwards.coefficients(), skip_D)
-        behind_BTD, _ = kernels.ema(x_BTD.flip(1), *self.backwards.coefficients(), torch.zeros_like(skip_D))
+        ahead_BTD = self.forwards.filtered(x_BTD, skip_D, self.reach)
+        behind_BTD = self.backwards.filtered(x_BTD.flip(1), torch.zeros_like(skip_D), self.reach)
         return F.silu(ahead_BTD + behind_BTD.flip(1))
 
 

@@ -51,11 +51,12 @@ class MegaBlock(nn.Module):
         norm: Kind,
         pre_norm: bool,
         dropout: float,
+        reach: int = 0,
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
         self.norm, self.ffn_norm = SequenceNorm(norm, width), SequenceNorm(norm, width)
-        self.ema = BidirectionalEMA(width, order)
+        self.ema = BidirectionalEMA(width, order, reach=reach)
         self.gau = ChunkedAttention(width, qk_dim, value_dim, chunk, weighing)
         self.linear, self.update = nn.Linear(width, width), nn.Linear(width, width)
         self.rise, self.fall = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)

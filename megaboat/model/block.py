@@ -10,19 +10,19 @@ from megaboat import kernels
 from megaboat.kernels import ActiveRows, PendingRows
 from megaboat.layers.configurator import Routing
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import SSMS
 from megaboat.layers.feedforward import FeedForward
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.linear import Linear
 from megaboat.layers.memory import WorkingMemory
 from megaboat.layers.norm import BranchNorm
 from megaboat.layers.sma import SparseModularActivation
+from megaboat.layers.ssm import SSMS
 from megaboat.model.config import SeqBoatConfig
 
 
 @dataclass
 class LayerState:
-    """What a layer remembers between calls: the EMA state and each unit's working memory."""
+    """What a layer remembers between calls: the state of its `ssm`, (B, D) of S5, and each unit's working memory."""
 
     ema_BDN: Tensor
     memories: list[WorkingMemory]
@@ -93,8 +93,7 @@ class SeqBoatBlock(nn.Module):
 
     def new_state(self, rows: int, like: Tensor) -> LayerState:
         """The state before any token. `like` gives device and dtype of the memory; the EMA state is fp32 or fp64."""
-        ema_BDN = self.ema.skip.new_zeros(rows, len(self.ema.skip), self.ema.order)
-        return LayerState(ema_BDN, [unit.new_memory(rows, like) for unit in self.sma.units])
+        return LayerState(self.ema.new_state(rows), [unit.new_memory(rows, like) for unit in self.sma.units])
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         if self.ffn is None:

@@ -31,10 +31,12 @@ class ClassifierConfig(Section):
     """Shared query/key width Z."""
     value_dim: int = pydantic.Field(160, gt=0)
     """Value width E."""
-    ssm: Literal["ema", "s4d-real", "s4d-lin"] = "ema"
-    """What every symbol passes in a block of seqboat: the published moving average, or S4D to compare it with."""
+    ssm: Literal["ema", "s4d-real", "s4d-lin", "s5"] = "ema"
+    """What every symbol passes in a block of seqboat: the published moving average, or S4D or S5 to compare it with."""
     ema_order: int = pydantic.Field(16, gt=0, le=64, multiple_of=2)
     """States of the moving average a channel and direction (N); even, for pairs of poles."""
+    ema_reach: int = pydantic.Field(0, ge=0)
+    """Symbols that a moving average sums up on either side, as the published programs cut it off; 0: all."""
     window: int = pydantic.Field(128, ge=0)
     """An active symbol sees itself and this many active symbols on either side; 0: all of them (SeqBoat-full)."""
     attention: Weighing = "softmax"
@@ -55,6 +57,12 @@ class ClassifierConfig(Section):
     """Share of the numbers set to zero in training."""
 
     @pydantic.model_validator(mode="after")
+    def _states_come_in_pairs(self) -> "ClassifierConfig":
+        if self.ssm == "s5" and self.width % 2:
+            raise ValueError(f"width {self.width} is odd, and the poles of ssm s5 come in pairs")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _chunks_are_of_something(self) -> "ClassifierConfig":
         if self.block == "mega" and self.window == 0:
             raise ValueError("window 0 is no chunk for block mega; set it to the symbols of a chunk")
@@ -70,7 +78,7 @@ class EncoderBlock(nn.Module):
         width, far = config.width, config.max_length - 1
         self.pre_norm = config.pre_norm
         self.norm = SequenceNorm(config.norm, width)
-        self.ema = BidirectionalEMA(width, config.ema_order, config.ssm)
+        self.ema = BidirectionalEMA(width, config.ema_order, config.ssm, config.ema_reach)
         self.linear = nn.Linear(width, width)
         unit = BidirectionalGAU(
             width, config.qk_dim, config.value_dim, config.window, far, config.attention, config.bias
@@ -94,7 +102,7 @@ def _block(config: ClassifierConfig) -> nn.Module:
     if config.block == "seqboat":
         return EncoderBlock(config)
     sizes = (config.width, config.ema_order, config.qk_dim, config.value_dim, config.window)
-    return MegaBlock(*sizes, config.attention, config.norm, config.pre_norm, config.dropout)
+    return MegaBlock(*sizes, config.attention, config.norm, config.pre_norm, config.dropout, config.ema_reach)
 
 
 class NumberEmbedding(nn.Module):

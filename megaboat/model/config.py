@@ -34,9 +34,10 @@ class SeqBoatConfig(Section):
     """Score heads with their own scales on the shared z. None: 1 (paper), E / 128 (scaled)."""
     ffn_dim: int | None = pydantic.Field(None, ge=0)
     """Hidden width of a SwiGLU feed-forward after each block, 0: none. None: 0 (paper), 8/3 x width (scaled)."""
-    ssm: Literal["ema", "s4d-real", "s4d-lin"] = "ema"
+    ssm: Literal["ema", "s4d-real", "s4d-lin", "s5"] = "ema"
     """What every token passes: the published moving average, or to compare it with S4D with as large a state, of real
-    poles or of pairs of complex ones (s4d-lin, which has no GPU kernel: slow)."""
+    poles or of pairs of complex ones (s4d-lin), or S5, with a state of D numbers for all channels together. The last
+    two have no GPU kernel: slow."""
     ema_order: int = pydantic.Field(16, gt=0, le=64)
     """States of the moving average a channel (N)."""
     window: int = pydantic.Field(1024, gt=0)
@@ -77,6 +78,8 @@ class SeqBoatConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _states_come_in_pairs(self) -> "SeqBoatConfig":
+        if self.ssm == "s5" and self.width % 2:
+            raise ValueError(f"width {self.width} is odd, and the poles of ssm s5 come in pairs")
         if self.ssm == "s4d-lin" and self.ema_order % 2:
             raise ValueError(f"ema_order {self.ema_order} is odd, and the poles of ssm s4d-lin come in pairs")
         return self

@@ -69,7 +69,12 @@ def unit_flops(config: SeqBoatConfig, tensor: int = 1) -> UnitFlops:
 
 
 def ema_flops(config: SeqBoatConfig) -> int:
-    """Of one layer's moving average for a token, forward: 2 N multiply-adds a channel and the skip."""
+    """Of one layer's moving average for a token, forward: 2 N multiply-adds a channel and the skip.
+
+    S5: two products with its state of D numbers, one step of the recurrence (a scan takes more), and the skip.
+    """
+    if config.ssm == "s5":
+        return config.width * (4 * config.width + 4 + 2)
     return config.width * (4 * config.ema_order + 2)
 
 

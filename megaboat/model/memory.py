@@ -88,6 +88,8 @@ def layer_bytes(config: SeqBoatConfig, s: int, tensor: int = 1, elementwise: boo
     narrow = heads * head if heads == 1 or parts == 1 else wide  # of queries and keys: one head is shared, not copied
     # Norm's input, the EMA's two, its output h, the sum before SiLU; two numbers of the norm; row_X; the decision.
     token = 5.0 * s * D + 8 + 8 + 13 * config.modules
+    if config.ssm == "s5":
+        token += 4 * D + (4 - s) * D  # its states; its input, in fp32
     if F:
         token += 2 * s * D + 8 + 3 * s * F
     # h and out; z before and after SiLU; q, k, v, o; v and r before SiLU, the product; token_R, position, log-sum.
@@ -97,6 +99,8 @@ def layer_bytes(config: SeqBoatConfig, s: int, tensor: int = 1, elementwise: boo
     if elementwise:
         # The norms' outputs, h, the first norm's input where a SiLU made it, products with a gate; values, h's rows.
         token -= s * (2 * D + (D + F if F else D))
+        if config.ssm == "s5":
+            token += (4 - s) * D  # in another precision than the norm's output it is kept
         row -= s * (D + E + (E if wide == E else 0))
     return token, row
 
@@ -181,7 +185,8 @@ def _layer(
     if isinstance(config, LlamaConfig):
         return tokens * llama_layer_bytes(config, s)
     token, row = layer_bytes(config, s, tensor, elementwise)
-    return tokens * (token + activation * config.modules * row)
+    made = 8 * config.width**2 if config.ssm == "s5" else 0  # the maps into its state and out of it
+    return tokens * (token + activation * config.modules * row) + made
 
 
 def _passing(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, activation: float, tensor: int) -> float:

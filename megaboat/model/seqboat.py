@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from megaboat import kernels
 from megaboat.layers.configurator import Configurator, Routing, initial_log_temperature
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import DampedEMA, S4DLin, S4DReal
+from megaboat.layers.ema import DampedEMA
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.norm import LayerNorm
 from megaboat.layers.precision import to_compute_dtype
+from megaboat.layers.ssm import S5, S4DLin, S4DReal, hippo_normal
 from megaboat.model.block import LayerState, SeqBoatBlock
 from megaboat.model.config import SeqBoatConfig
 
@@ -191,6 +192,7 @@ def initialize(model: SeqBoat, seed: int) -> None:
 
     S4D-Real, in the average's place: rates 1 .. N, steps log-uniform in 0.001 .. 0.1, readout N(0, 1), skip TN(1).
     S4D-Lin: the same but for rates 1/2, frequencies 0, pi, 2 pi, ... and a complex readout of variance 1.
+    S5: `layers.ssm.hippo_normal` with eigenvectors V, steps the same; B = V* N(0, 1/width), C = N(0, 2/width) V.
     """
     generator = torch.Generator(device=model.embedding.weight.device).manual_seed(seed)
     for module in model.modules():
@@ -231,6 +233,19 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
             module.frequency.copy_((math.pi * pairs).expand_as(module.frequency))
             module.log_step.uniform_(math.log(1e-3), math.log(1e-1), generator=generator)
             module.readout.normal_(0, 0.5**0.5, generator=generator)
+            truncated_skip(module)
+        case S5():
+            width, blocks = len(module.readout), len(module.readout) // module.block
+            poles_P, vectors_SP = hippo_normal(module.block)
+            module.log_rate.fill_(math.log(0.5))
+            module.frequency.copy_(poles_P.imag.repeat(blocks))
+            module.log_step.uniform_(math.log(1e-3), math.log(1e-1), generator=generator)
+            vectors_SP = vectors_SP.to(module.into.device, torch.complex64)
+            drawn = [torch.empty_like(module.readout).view(width, blocks, -1) for _ in range(3)]
+            b_DJS, *c = (x_DJS.normal_(0, width**-0.5, generator=generator) for x_DJS in drawn)
+            into_DP, readout_DP = b_DJS.to(vectors_SP.dtype) @ vectors_SP.conj(), torch.complex(*c) @ vectors_SP
+            module.into.copy_(torch.view_as_real(into_DP.flatten(1).T.contiguous()))
+            module.readout.copy_(torch.view_as_real(readout_DP.flatten(1)))
             truncated_skip(module)
         case DampedEMA():
             truncated(module.smoothing, 0.2)

@@ -46,8 +46,8 @@ def sequence_obstacle(config: ModelConfig, lengths: set[int], sequence: int) -> 
     """Why rows of these lengths cannot be cut over `sequence` ranks, with the numbers; None where they can."""
     if sequence > 1 and not isinstance(config, SeqBoatConfig):
         return f"parallel.sequence {sequence} is for model.family seqboat, not {config.family}; set parallel.sequence=1"
-    if sequence > 1 and isinstance(config, SeqBoatConfig) and config.ssm == "s4d-lin":
-        return f"parallel.sequence {sequence} hands on real states, and model.ssm s4d-lin has none; set it to 1"
+    if sequence > 1 and isinstance(config, SeqBoatConfig) and config.ssm in ("s4d-lin", "s5"):
+        return f"parallel.sequence {sequence} hands on real states, and model.ssm {config.ssm} has none; set it to 1"
     uneven = min((length for length in lengths if length % sequence), default=None)
     return (
         None

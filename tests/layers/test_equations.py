@@ -8,8 +8,9 @@ from torch.func import functional_call
 from megaboat.kernels import plan_rows
 from megaboat.layers.configurator import Configurator
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import DampedEMA, S4DLin, S4DReal
+from megaboat.layers.ema import DampedEMA
 from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.layers.ssm import S5, S4DLin, S4DReal
 from megaboat.model.block import SeqBoatBlock
 from megaboat.model.build import build_model
 from tests.layers import naive
@@ -99,6 +100,28 @@ def test_s4d_lin_is_a_held_input_through_the_exponential_of_a_rotation(layout: l
                     h = flow[:2] @ [*h, float(x_TD[t][j])]
                     expected_TD[t, j] += 2 * (w["readout"][j, k, 0] * h[0] - w["readout"][j, k, 1] * h[1])
         np.testing.assert_allclose(y_TD, naive.silu(expected_TD), **AGREE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_s5_is_one_held_system_of_all_channels_through_its_exponential(layout: list[list[int]]) -> None:
+    """As a real system of all poles and inputs together, of which nothing is diagonal; each pole with its own step."""
+    ssm, docs = naive.randomize(S5(6, 4), 1), pack(layout)
+    x_BTD = gaussian(*docs.shape, 6)
+    y_BTD, _ = ssm(x_BTD, docs.first_BT)
+    w = naive.weights(ssm)
+    system, out = np.zeros((6 + 6, 6 + 6)), np.zeros((6, 6))
+    for k in range(3):
+        rate, turn, step = np.exp(w["log_rate"][k]), w["frequency"][k], np.exp(w["log_step"][k])
+        system[2 * k, [2 * k, 2 * k + 1]] = -rate * step, -turn * step
+        system[2 * k + 1, [2 * k, 2 * k + 1]] = turn * step, -rate * step
+        system[[2 * k, 2 * k + 1], 6:] = step * w["into"][k].T
+        out[:, 2 * k], out[:, 2 * k + 1] = 2 * w["readout"][:, k, 0], -2 * w["readout"][:, k, 1]
+    flow = torch.linalg.matrix_exp(torch.from_numpy(system)).numpy()
+    for x_TD, y_TD in zip(documents_of(layout, x_BTD), documents_of(layout, y_BTD.detach()), strict=True):
+        h = np.zeros(6)
+        for x_D, y_D in zip(x_TD, y_TD, strict=True):
+            h = flow[:6] @ np.concatenate([h, x_D])
+            np.testing.assert_allclose(y_D, naive.silu(out @ h + w["skip"] * x_D), **AGREE)
 
 
 @pytest.mark.parametrize("modules", [1, 3])

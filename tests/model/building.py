@@ -15,6 +15,7 @@ STYLES = {
     "two-modules": {"block": "paper", "modules": 2},
     "s4d-real": {"block": "paper", "ssm": "s4d-real"},
     "s4d-lin": {"block": "paper", "ssm": "s4d-lin"},
+    "s5": {"block": "paper", "ssm": "s5"},
 }
 
 

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from megaboat.kernels import plan_rows
-from megaboat.kernels.reference import ema_recurrence
+from megaboat.kernels.reference import diagonal_recurrence, ema_recurrence
 from megaboat.layers.bidirectional import BidirectionalEMA, BidirectionalGAU
 from megaboat.layers.configurator import Configurator
 from megaboat.layers.documents import Documents
-from megaboat.layers.ema import SSMS
+from megaboat.layers.ema import DampedEMA
 from megaboat.layers.mega import MegaBlock
 from megaboat.layers.sequence_norm import SequenceNorm, Sinusoid
+from megaboat.layers.ssm import S5, SSMS
 from megaboat.model.classifier import ClassifierConfig, EncoderBlock, SeqBoatClassifier, build_classifier
 from tests.layers import naive
 
@@ -37,15 +38,38 @@ def test_the_average_from_both_sides_is_its_two_sums() -> None:
         np.testing.assert_allclose(y_BTD[row, :length], naive.silu(both), rtol=1e-10, atol=1e-12)
 
 
+def recurrence(ssm: DampedEMA, x_BTD: torch.Tensor) -> torch.Tensor:
+    """Without the skip term, one symbol after another."""
+    if not isinstance(ssm, S5):
+        return ema_recurrence(x_BTD, *ssm.coefficients(), torch.zeros(x_BTD.shape[2]))[0]
+    decay_P, into_DI, out_ID = ssm.matrices()
+    u_BTP = torch.view_as_complex((x_BTD @ into_DI).unflatten(2, (-1, 2)))
+    return torch.view_as_real(diagonal_recurrence(u_BTP, decay_P)).flatten(2) @ out_ID
+
+
 @pytest.mark.parametrize("ssm", SSMS)
 def test_other_kernels_are_read_from_both_sides(ssm: str) -> None:
     config = SMALL.model_copy(update={"ssm": ssm, "layers": 1})
     layer = build_classifier(config, 16, 10, 0).blocks[0].ema.double()
     x_BTD = drawn(2, 9, 12)
-    ahead_BTD, _ = ema_recurrence(x_BTD, *layer.forwards.coefficients(), layer.forwards.skip)
-    behind_BTD, _ = ema_recurrence(x_BTD.flip(1), *layer.backwards.coefficients(), torch.zeros(12))
+    ahead_BTD = recurrence(layer.forwards, x_BTD) + layer.forwards.skip * x_BTD
+    behind_BTD = recurrence(layer.backwards, x_BTD.flip(1))
     expected_BTD = torch.nn.functional.silu(ahead_BTD + behind_BTD.flip(1))
     torch.testing.assert_close(layer(x_BTD, torch.ones(2, 9, dtype=torch.bool)), expected_BTD)
+
+
+@pytest.mark.parametrize("ssm", SSMS)
+@pytest.mark.parametrize("reach", [1, 4, 8, 9, 20])
+def test_a_cut_average_is_the_average_of_what_it_reaches(ssm: str, reach: int) -> None:
+    """Each sum again from its `reach` symbols alone, which is how the published programs cut the kernel."""
+    layer = naive.randomize(SSMS[ssm](12, 4), 1)
+    assert isinstance(layer, DampedEMA)
+    x_BTD = drawn(2, 9, 12)
+    y_BTD = layer.filtered(x_BTD, layer.skip, reach)
+    for t in range(9):
+        seen_BTD = x_BTD[:, max(0, t + 1 - reach) : t + 1]
+        expected_BD = recurrence(layer, seen_BTD)[:, -1] + layer.skip * x_BTD[:, t]
+        torch.testing.assert_close(y_BTD[:, t], expected_BD)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

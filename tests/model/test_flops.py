@@ -5,9 +5,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaboat.layers.documents import Documents
+from megaboat.layers.ssm import S5
 from megaboat.model.build import build_model
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
-from megaboat.model.flops import count_work, forward_flops, llama_flops, peak_flops, planned_work, training_flops
+from megaboat.model.flops import (
+    count_work,
+    ema_flops,
+    forward_flops,
+    llama_flops,
+    peak_flops,
+    planned_work,
+    training_flops,
+)
 
 CONFIG = SeqBoatConfig(
     block="paper", vocab_size=11, layers=2, width=6, qk_dim=4, value_dim=10, ema_order=3, window=2, ffn_dim=8
@@ -64,6 +73,15 @@ def test_matrix_products_agree_with_torch() -> None:
     pairs = (2 * CONFIG.qk_dim + 2 * (CONFIG.value_dim or 0)) * float(work.pairs_LM.sum())
     ema = CONFIG.layers * CONFIG.width * (4 * CONFIG.ema_order + 2) * 24
     assert forward_flops(CONFIG, 24, work) - pairs - ema == linear + head
+
+
+def test_the_products_of_s5_agree_with_torch() -> None:
+    layer = S5(64, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.randn(1, 24, 64), torch.zeros(1, 24, dtype=torch.bool))
+    counted = counter.get_total_flops()
+    step_and_skip = 64 * (4 + 2)
+    assert 24 * (ema_flops(SeqBoatConfig(width=64, ssm="s5")) - step_and_skip) == counted
 
 
 def test_llama_matrices_agree_with_torch() -> None:

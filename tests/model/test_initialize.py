@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaboat.layers.ema import S4DLin, S4DReal
 from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.layers.ssm import S5, S4DLin, S4DReal, hippo_normal
 from megaboat.model.block import SeqBoatBlock
 from megaboat.model.build import build_model
 from megaboat.model.config import SeqBoatConfig
@@ -156,6 +156,27 @@ def test_s4d_real_starts_with_long_memories() -> None:
     assert 0.099 < step_D.max() <= 0.1
     assert ssm.log_step.mean().item() == pytest.approx(math.log(0.01), abs=0.1)
     normal(1.0)(ssm.readout)
+
+
+def test_s5_starts_as_the_normal_part_of_hippo_in_a_basis_of_eigenvectors() -> None:
+    """Blocks of 48, the largest even divisor of 96 up to 64: V diag(poles) V* and its conjugate make the matrix."""
+    ssm = S5(96, 16)
+    initialize_module(ssm, SeqBoatConfig(), torch.Generator().manual_seed(0))
+    poles_P = torch.complex(-ssm.log_rate.exp(), ssm.frequency).to(torch.complex128).detach()
+    _, vectors_SP = hippo_normal(48)
+    for poles in poles_P.split(24):
+        again_SS = 2 * (vectors_SP * poles @ vectors_SP.mH).real
+        for n in range(48):
+            for k in range(48):
+                beside = math.sqrt((n + 0.5) * (k + 0.5)) * (1 if n < k else -1)
+                assert again_SS[n, k].item() == pytest.approx(-0.5 if n == k else beside, abs=1e-4)
+    basis_SS = torch.cat([vectors_SP, vectors_SP.conj()], 1)
+    torch.testing.assert_close(basis_SS.mH @ basis_SS, torch.eye(48, dtype=torch.complex128), rtol=1e-9, atol=1e-9)
+    # In the basis of the states, B is real with entries N(0, 1 / width), and C the same with another for each part.
+    into_SD = 2 * (vectors_SP @ torch.view_as_complex(ssm.into)[:24].to(torch.complex128)).real
+    normal(96**-0.5)(into_SD)
+    assert torch.view_as_complex(ssm.readout).abs().square().mean().item() == pytest.approx(2 / 96, rel=0.05)
+    assert 0.001 <= ssm.log_step.exp().min() < ssm.log_step.exp().max() <= 0.1
 
 
 def test_s4d_lin_starts_with_long_memories_of_many_phases() -> None:

@@ -66,6 +66,8 @@ KEEPING = {
     "half of the heads": {"tensor": 2},
     "scaled, a pass over memory again": {"elementwise": True},
     "paper, a pass over memory again": {"elementwise": True, "model": {"block": "paper"}},
+    "S5": {"model": {"ssm": "s5"}},
+    "S5, a pass over memory again": {"elementwise": True, "model": {"ssm": "s5"}},
 }
 
 

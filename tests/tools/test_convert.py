@@ -25,7 +25,7 @@ from tests.distributed import run_on_ranks
 from tests.engine.runs import metrics, train_on_rank
 from tests.tools.hf_runs import LLAMA, SMALL, make_dataset, make_run
 
-ARMS = SMALL | {"configurator": "gumbel", "ssm": "s4d-lin"}
+ARMS = SMALL | {"configurator": "gumbel", "ssm": "s5"}
 # Every test but those that say so goes without the other process, which takes seconds.
 PROOF = {
     "text": "nothing", "tokens": 0, "largest_logit_difference": "0", "decisions": 0, "greedy_tokens": 0,
