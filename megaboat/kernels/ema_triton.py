@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megaboat.kernels import ema_bwd_triton as bwd
 from megaboat.kernels import ema_fwd_triton as fwd
@@ -16,6 +17,7 @@ GROUP = _GROUP.value
 WARPS = 4
 CARRY_LANES = 128
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 1024
+_packed = WeakTensorKeyDictionary()
 PROGRAMS = 500  # four or so on each of 132 multiprocessors; beyond that longer chunks are better: less carry traffic
 
 
@@ -92,7 +94,7 @@ class _Ema(torch.autograd.Function):
     def forward(ctx, x, decay, weight, skip, first, state, silu):  # type: ignore[no-untyped-def]
         x, decay, weight, skip = x.contiguous(), decay.contiguous(), weight.contiguous(), skip.contiguous()
         state = None if state is None else state.contiguous()
-        resets = None if first is None else _pack_resets(first.contiguous())
+        resets = None if first is None else _resets(first)
         save_pre = silu and any(ctx.needs_input_grad)
         y, pre, state_out = ema_fwd(x, decay, weight, skip, resets, state, silu, save_pre)
         if pre is not None:
@@ -114,6 +116,14 @@ class _Ema(torch.autograd.Function):
             dx, ddecay = dx + more[0], ddecay + more[1]
             dstate = None if dstate is None or more[4] is None else dstate + more[4]
         return dx, ddecay, dweight, dskip, None, dstate, None
+
+
+def _resets(first: Tensor) -> Tensor:
+    """`_pack_resets`, once for all layers."""
+    found = _packed.get(first)
+    if found is None or found[0] != first._version:
+        found = _packed[first] = first._version, _pack_resets(first.contiguous())
+    return found[1]
 
 
 def _pack_resets(first: Tensor) -> Tensor:

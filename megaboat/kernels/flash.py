@@ -26,7 +26,7 @@ def supports(q: Tensor) -> bool:
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] <= HEAD_WIDTH
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and _capability(q.device) >= (8, 0)
     )
 
 
@@ -58,7 +58,7 @@ def flash_attention(
     head = -(-max(width, Z) // 8) * 8  # kernels read 16 bytes at a time
     v_KGE = _widened(v_KE.unflatten(1, (G, columns)), parts * width)
     v_KHd = _widened(v_KGE.reshape(len(v_KE), G * parts, width), head)
-    attend = backends()[_best(q_RGZ.device.index) if backend == "auto" else backend]
+    attend = backends()[_best(q_RGZ.device) if backend == "auto" else backend]
     o_RHd = attend(
         _repeat(q_RGZ, parts, head), _repeat(k_KGZ, parts, head), v_KHd, cu_q, cu_k, max_q, max_k, window, scale
     )
@@ -78,8 +78,13 @@ def _widened(x: Tensor, width: int) -> Tensor:
 
 
 @cache
-def _best(device_index: int) -> str:
-    hopper = torch.cuda.get_device_capability(device_index) >= (9, 0)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _best(device: torch.device) -> str:
+    hopper = _capability(device) >= (9, 0)
     wanted = ("fa4", "fa3", "fa2", "torch") if hopper else ("fa2", "torch")
     return next(name for name in wanted if name in backends())
 

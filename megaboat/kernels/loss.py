@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-CHUNK = 8192  # tokens whose logits exist at one time: 8192 x 50k logits in bf16 are 0.8 GB
+TOKENS, VOCABULARY = 8192, 50_000  # whose logits may exist at one time: in bf16 they are 0.8 GB
+
+
+def chunk(vocabulary: int) -> int:
+    """Tokens whose logits exist at one time: more of them where each has few, for the sake of fewer launches."""
+    return TOKENS << max(0, (VOCABULARY // vocabulary).bit_length() - 1)
 
 
 def linear_cross_entropy(h_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ignore_index: int = -100) -> Tensor:
@@ -18,7 +23,8 @@ def linear_cross_entropy(h_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ign
 def token_nll(h_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ignore_index: int = -100) -> Tensor:
     """Negative log-likelihood of each token in nats, zero where ignored: (X,) fp32. For evaluation."""
     parts = []
-    for h, targets in zip(h_XD.split(CHUNK), targets_X.split(CHUNK), strict=True):
+    size = chunk(len(weight_VD))
+    for h, targets in zip(h_XD.split(size), targets_X.split(size), strict=True):
         logits = _logits(h, weight_VD)
         parts.append(torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none"))
     return torch.cat(parts)
@@ -53,11 +59,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh_XD = torch.empty_like(h_XD)
         dw_VD = torch.zeros_like(weight_VD, dtype=wide)  # a sum over chunks in bf16 would lose the later ones
         weight = weight_VD.to(h_XD.dtype)
-        for i in range(0, h_XD.shape[0], CHUNK):
-            h, targets = h_XD[i : i + CHUNK], targets_X[i : i + CHUNK]
+        size = chunk(len(weight_VD))
+        for i in range(0, h_XD.shape[0], size):
+            h, targets = h_XD[i : i + size], targets_X[i : i + size]
             nll, dlogits = _nll_and_gradient(h @ weight.T, targets, ignore_index)
             total += nll.sum()
-            torch.mm(dlogits, weight, out=dh_XD[i : i + CHUNK])
+            torch.mm(dlogits, weight, out=dh_XD[i : i + size])
             dw_VD += dlogits.T @ h
         ctx.save_for_backward(dh_XD, dw_VD.to(weight_VD.dtype))
         return total
@@ -67,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh_XD, dw_VD = ctx.saved_tensors
         # In fp32, chunk by chunk: 1 / targets in bf16 would be up to 0.4 % off, and with it every gradient below.
         scaled_XD = torch.empty_like(dh_XD)
-        for scaled, dh in zip(scaled_XD.split(CHUNK), dh_XD.split(CHUNK), strict=True):
+        size = chunk(len(dw_VD))
+        for scaled, dh in zip(scaled_XD.split(size), dh_XD.split(size), strict=True):
             scaled.copy_(dh.to(dtotal.dtype) * dtotal)
         return scaled_XD, dw_VD * dtotal.to(dw_VD.dtype), None, None

@@ -31,7 +31,8 @@ def sharded_token_nll(
 ) -> Tensor:
     """`loss.token_nll` where this holder has the rows first..first+V of the vocabulary."""
     parts = []
-    for h, targets in zip(h_XD.split(loss.CHUNK), targets_X.split(loss.CHUNK), strict=True):
+    size = loss.chunk(len(weight_VD))
+    for h, targets in zip(h_XD.split(size), targets_X.split(size), strict=True):
         logits_XV = _wide_logits(h, weight_VD.to(h.dtype))
         normaliser_X, target_X = _combine(logits_XV, targets - first, together)
         parts.append((normaliser_X - target_X) * (targets != ignore_index))
@@ -59,8 +60,9 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         dh_XD = torch.empty_like(h_XD)
         dw_VD = torch.zeros_like(weight_VD, dtype=wide)
         weight = weight_VD.to(h_XD.dtype)
-        for i in range(0, h_XD.shape[0], loss.CHUNK):
-            h, targets = h_XD[i : i + loss.CHUNK], targets_X[i : i + loss.CHUNK]
+        size = loss.chunk(len(weight_VD))
+        for i in range(0, h_XD.shape[0], size):
+            h, targets = h_XD[i : i + size], targets_X[i : i + size]
             logits_XV = _wide_logits(h, weight)
             scored_X, place_X = targets != ignore_index, targets - first
             normaliser_X, target_X = _combine(logits_XV, place_X, together)
@@ -69,7 +71,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
             here_X = (place_X >= 0) & (place_X < len(weight))
             dlogits_XV.scatter_add_(1, place_X.masked_fill(~here_X, 0)[:, None], -here_X[:, None].to(wide))
             dlogits_XV = dlogits_XV.mul_(scored_X[:, None]).to(h.dtype)
-            torch.mm(dlogits_XV, weight, out=dh_XD[i : i + loss.CHUNK])
+            torch.mm(dlogits_XV, weight, out=dh_XD[i : i + size])
             dw_VD += dlogits_XV.T @ h
         ctx.save_for_backward(dh_XD, dw_VD.to(weight_VD.dtype))
         return total

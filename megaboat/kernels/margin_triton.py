@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megaboat.kernels.fan import SideGradients
-from megaboat.kernels.norm_triton import PROGRAMS
+from megaboat.kernels.norm_triton import share_rows
 from megaboat.kernels.sizes import cdiv, next_power_of_2
 
 TOKENS = 4  # of a program forward: they share the weights
@@ -47,12 +47,12 @@ class _Margins(torch.autograd.Function):
         dmargin_XM = dmargin_XM.contiguous()
         full = ctx.side is None
         dh_XD = torch.empty_like(h_XD) if full else None
-        programs = min(X, PROGRAMS)
+        block = next_power_of_2(D)
+        programs, warps = share_rows(X, block)
         partial_PMD = h_XD.new_empty(programs, M, D, dtype=torch.float32)
         if X > 0:
             margin_bwd_kernel[(programs,)](
-                h_XD, center_D, weight_MD, dmargin_XM, dh_XD, partial_PMD, X, D, M, full, next_power_of_2(D),
-                num_warps=8,
+                h_XD, center_D, weight_MD, dmargin_XM, dh_XD, partial_PMD, X, D, M, full, block, num_warps=warps,
             )  # fmt: skip
         if not full:
             ctx.side.thin.append((dmargin_XM, weight_MD))

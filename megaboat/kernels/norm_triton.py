@@ -11,7 +11,14 @@ from torch import Tensor
 
 from megaboat.kernels.sizes import next_power_of_2
 
-PROGRAMS = 528  # four on each of a Hopper's 132 multiprocessors: rows enough in flight, few partial sums
+PROGRAMS = 528  # of 8 warps, four on each of a Hopper's 132 multiprocessors: rows enough in flight, few partial sums
+
+
+def share_rows(rows: int, block: int) -> tuple[int, int]:
+    """Programs and warps of each for rows of up to `block` numbers that a program takes one by one: 8 numbers a lane,
+    for the lanes of a row wait for each other."""
+    warps = min(8, max(1, block // 256))
+    return min(rows, PROGRAMS * 8 // warps), warps
 
 
 def layer_norm_triton(x: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, eps: float) -> Tensor:
@@ -32,9 +39,11 @@ class _LayerNorm(torch.autograd.Function):
         y_XD = torch.empty_like(x_XD)
         stats_X2 = x_XD.new_empty(X, 2, dtype=torch.float32)
         if X > 0:
+            block = next_power_of_2(D)
             norm_fwd_kernel[(X,)](
-                x_XD, weight_D, bias_D, y_XD, stats_X2, D, eps, weight_D is not None, next_power_of_2(D)
-            )
+                x_XD, weight_D, bias_D, y_XD, stats_X2, D, eps, weight_D is not None, block,
+                num_warps=min(4, max(1, block // 512)),
+            )  # fmt: skip
         ctx.save_for_backward(x_XD, weight_D, stats_X2)
         ctx.set_materialize_grads(False)  # there is no second gradient where nobody goes on with x
         return y_XD.view_as(x), x.view_as(x)
@@ -48,12 +57,13 @@ class _LayerNorm(torch.autograd.Function):
         affine = weight_D is not None
         dx_XD = torch.empty_like(x_XD)
         beside = dx is not None
-        programs = min(X, PROGRAMS)
+        block = next_power_of_2(D)
+        programs, warps = share_rows(X, block)
         partial_P2D = x_XD.new_empty(programs if affine else 0, 2, D, dtype=torch.float32)
         if X > 0:
             norm_bwd_kernel[(programs,)](
                 x_XD, weight_D, stats_X2, dy.contiguous(), dx.contiguous() if beside else dx_XD, dx_XD, partial_P2D,
-                X, D, affine, beside, next_power_of_2(D), num_warps=8,
+                X, D, affine, beside, block, num_warps=warps,
             )  # fmt: skip
         if not affine:
             return dx_XD.view_as(dy), None, None, None

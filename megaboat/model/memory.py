@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megaboat.kernels.flash import HEAD_WIDTH
-from megaboat.kernels.loss import CHUNK
+from megaboat.kernels.loss import chunk
 from megaboat.layers.linear import Linear
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.llama import Llama
@@ -202,7 +202,7 @@ def _passing(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, activatio
 def _loss(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, tensor: int) -> tuple[float, float]:
     """A chunk's logits and those of the chunk before, the head's weight and one product; its gradient in fp32."""
     V = (config.vocab_size or 0) / tensor
-    return 2 * min(tokens, CHUNK) * V * s + V * config.width * 2 * s, V * config.width * 4
+    return 2 * min(tokens, chunk(max(1, int(V)))) * V * s + V * config.width * 2 * s, V * config.width * 4
 
 
 def _buffers(parameters: Parameters, layers: int, zero: int, data: int) -> float:

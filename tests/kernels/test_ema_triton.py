@@ -100,6 +100,17 @@ def test_nothing_crosses_a_document_border(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_borders_may_move_where_they_lie(device: str) -> None:
+    """They are packed once for all layers, and again when they have changed."""
+    inputs = {name: value.float().to(device) for name, value in ema_case(B=1, T=150, D=3, N=2).inputs.items()}
+    first_BT = torch.zeros(1, 150, dtype=torch.bool, device=device)
+    for border in (70, 71):
+        first_BT.zero_()[0, border] = True
+        there, fresh = (ema_triton.ema_triton(**inputs, first_BT=x)[0] for x in (first_BT, first_BT.clone()))
+        assert torch.equal(there, fresh)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_same_bits_every_time(device: str) -> None:
     case = ema_case(B=1, T=70, D=5, N=3, resets=True)
     first_BT = None if case.first_BT is None else case.first_BT.to(device)

@@ -16,12 +16,18 @@ from megaboat.kernels import (
     sharded_token_nll,
     token_nll,
 )
+from megaboat.kernels.loss import chunk
 from tests.kernels.checks import DEVICES, FLOOR, assert_as_exact_as_torch, error, outputs_and_gradients
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 16)
+    monkeypatch.setattr(loss, "chunk", lambda vocabulary: 16)
+
+
+def test_no_chunk_has_more_logits_than_a_large_vocabulary() -> None:
+    assert (chunk(200_000), chunk(50_000), chunk(8192), chunk(64)) == (8192, 8192, 32_768, 8192 * 512)
+    assert all(chunk(V) * V <= 8192 * 50_000 for V in range(1, 50_000, 97))
 
 
 def loss_inputs(X: int, ignored: float) -> tuple[dict[str, Tensor], Tensor]:
