@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaboat.errors import MegaboatError
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.model.config import SeqBoatConfig
@@ -26,6 +27,25 @@ def plainly(model: SeqBoat, docs: Documents, text_BT: Tensor) -> Tensor:
         nll = model(text_BT[:, :-1], docs, text_BT[:, 1:].contiguous()).nll
     (nll * SCALE).backward()
     return gradient(model)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_in_another_direction_does_not_pass(device: str) -> None:
+    """Of the right length, which is all that norms would see."""
+    with torch.device(device):
+        model = build_model(CONFIG, 0).train()
+    assert isinstance(model, SeqBoat)
+    model.capacity = 0.4
+    graph = Captured(model, Documents.whole(ROWS, LENGTH, device), SCALE, bf16=device == "cuda")
+    nll, gradients = graph.figures(model)
+    graph.check(nll, gradients)
+    place = [name for name, _ in model.named_parameters()].index("blocks.1.linear.weight")
+    for factor in (-1, torch.nan):
+        wrong = [factor * gradient if i == place else gradient for i, gradient in enumerate(gradients)]
+        with pytest.raises(MegaboatError, match=r"most of it in blocks\.1\.linear\.weight"):
+            graph.check(nll, wrong)
+    with pytest.raises(MegaboatError, match="loss off by"):
+        graph.check(1.1 * nll, gradients)
 
 
 @pytest.mark.parametrize("device", DEVICES)
