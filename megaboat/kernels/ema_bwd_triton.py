@@ -47,12 +47,14 @@ def retreat(b_u, b_w, b_q, b_dy, N: tl.constexpr):
 
 
 @triton.jit
-def inject(b_u, p_dstate, mask, N: tl.constexpr):
+def inject(b_u, p_dstate, mask, N: tl.constexpr, HAS_DSTATE: tl.constexpr):
     """Add the gradient of the row's last state where the mask says that this token is the last."""
-    b_next = ()
-    for n in tl.static_range(N):
-        b_next = b_next + (b_u[n] + tl.load(p_dstate + n, mask=mask, other=0.0),)
-    return b_next
+    if HAS_DSTATE:
+        b_next = ()
+        for n in tl.static_range(N):
+            b_next = b_next + (b_u[n] + tl.load(p_dstate + n, mask=mask, other=0.0),)
+        b_u = b_next
+    return b_u
 
 
 @triton.jit
@@ -121,8 +123,7 @@ def ema_bwd_state_kernel(
                     b_one = through_silu(b_one, tl.load(pre + at * D, mask=m_d))
                     tl.store(dpre + at * D, b_one.to(dpre.dtype.element_ty), mask=m_d)
                 b_u, b_w = retreat(b_u, b_w, b_q, b_one, N)
-                if HAS_DSTATE:
-                    b_u = inject(b_u, dstate, lanes(o_d, D, i_k * C + at == T - 1), N)
+                b_u = inject(b_u, dstate, lanes(o_d, D, i_k * C + at == T - 1), N, HAS_DSTATE)
                 b_u = forget(b_u, (byte >> (at - t)) & 1, N)
                 b_w = forget(b_w, (byte >> (at - t)) & 1, N)
     p_carry = carry + (i_b * K + i_k).to(tl.int64) * 2 * N * D + o_d
@@ -165,6 +166,36 @@ def ema_bwd_carry_kernel(
             b_U = tl.fma(b_decay, b_U, b_us[j])
             tl.store(p_carry + k * stride, b_U, mask=lanes(o_e, N * D, k > 0))
             tl.store(p_carry + k * stride + N * D, b_W, mask=lanes(o_e, N * D, k > 0))
+
+
+@triton.jit
+def collect(b_u, b_w, b_dc, b_dq, b_dskip, b_c, b_skip, b_x, b_dy, p_dx, m_d, N: tl.constexpr):
+    """Store a token's dx; the sums over tokens with what this one adds."""
+    b_dc = accumulate(b_dc, b_u, b_x, N)
+    b_dq = accumulate(b_dq, b_w, b_x, N)
+    b_dskip = tl.fma(b_x, b_dy, b_dskip)
+    b_dx = weighted_sum(b_u, b_c, b_skip * b_dy, N)
+    tl.store(p_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_d)
+    return b_dc, b_dq, b_dskip
+
+
+@triton.jit
+def store_shares(
+    b_u, b_w, b_dc, b_dq, b_q, b_c, p_dcoef, p_state, p_dstate, m_d, is_start, D: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """d decay and d weight of a chunk; at a row's start with the given state's part in them, and its gradient."""
+    for n in tl.static_range(N):
+        b_dq_n = b_dq[n]
+        b_dc_n = b_dc[n]
+        if is_start:
+            # One more step back, to the given state: it acts as the input of a token before the row, state by state.
+            b_h = tl.load(p_state + n, mask=m_d)
+            b_u_n = b_q[n] * b_u[n]
+            b_dc_n = tl.fma(b_h, b_u_n, b_dc_n)
+            b_dq_n = tl.fma(b_h, tl.fma(b_q[n], b_w[n], b_u[n]), b_dq_n)
+            tl.store(p_dstate + n, b_c[n] * b_u_n, mask=m_d)
+        tl.store(p_dcoef + n * D, b_c[n] * b_dq_n, mask=m_d)
+        tl.store(p_dcoef + (N + n) * D, b_dc_n, mask=m_d)
 
 
 @scan_kernel
@@ -218,11 +249,8 @@ def ema_bwd_input_kernel(
                 b_x = b_x_now[GROUP - 1 - j].to(tl.float32)
                 b_dy = b_dy_now[GROUP - 1 - j].to(tl.float32)
                 b_u, b_w = retreat(b_u, b_w, b_q, b_dy, N)
-                b_dc = accumulate(b_dc, b_u, b_x, N)
-                b_dq = accumulate(b_dq, b_w, b_x, N)
-                b_dskip = tl.fma(b_x, b_dy, b_dskip)
-                b_dx = weighted_sum(b_u, b_c, b_skip * b_dy, N)
-                tl.store(dx + (t + GROUP - 1 - j) * D, b_dx.to(dx.dtype.element_ty), mask=m_d)
+                p_dx = dx + (t + GROUP - 1 - j) * D
+                b_dc, b_dq, b_dskip = collect(b_u, b_w, b_dc, b_dq, b_dskip, b_c, b_skip, b_x, b_dy, p_dx, m_d, N)
         else:
             end = min(t + GROUP, length)
             for i in range(t, end):
@@ -230,26 +258,15 @@ def ema_bwd_input_kernel(
                 b_one = tl.load(x + at * D, mask=m_d).to(tl.float32)
                 b_dy_one = tl.load(dy + at * D, mask=m_d).to(tl.float32)
                 b_u, b_w = retreat(b_u, b_w, b_q, b_dy_one, N)
-                if HAS_DSTATE:
-                    b_u = inject(b_u, dstate + o_state, lanes(o_d, D, i_k * C + at == T - 1), N)
-                b_dc = accumulate(b_dc, b_u, b_one, N)
-                b_dq = accumulate(b_dq, b_w, b_one, N)
-                b_dskip = tl.fma(b_one, b_dy_one, b_dskip)
-                b_dx_one = weighted_sum(b_u, b_c, b_skip * b_dy_one, N)
-                tl.store(dx + at * D, b_dx_one.to(dx.dtype.element_ty), mask=m_d)
+                is_last = i_k * C + at == T - 1
+                b_u = inject(b_u, dstate + o_state, lanes(o_d, D, is_last), N, HAS_DSTATE)
+                p_dx_one = dx + at * D
+                b_dc, b_dq, b_dskip = collect(
+                    b_u, b_w, b_dc, b_dq, b_dskip, b_c, b_skip, b_one, b_dy_one, p_dx_one, m_d, N
+                )
                 b_u = forget(b_u, (byte >> (at - t)) & 1, N)
                 b_w = forget(b_w, (byte >> (at - t)) & 1, N)
     p_dcoef = dcoef + (i_b * K + i_k).to(tl.int64) * (2 * N + 1) * D + o_d
-    for n in tl.static_range(N):
-        b_dq_n = b_dq[n]
-        b_dc_n = b_dc[n]
-        if HAS_STATE and i_k == 0:
-            # One more step back, to the given state: it acts as the input of a token before the row, state by state.
-            b_h = tl.load(state + o_state + n, mask=m_d)
-            b_u_n = b_q[n] * b_u[n]
-            b_dc_n = tl.fma(b_h, b_u_n, b_dc_n)
-            b_dq_n = tl.fma(b_h, tl.fma(b_q[n], b_w[n], b_u[n]), b_dq_n)
-            tl.store(dstate_in + o_state + n, b_c[n] * b_u_n, mask=m_d)
-        tl.store(p_dcoef + n * D, b_c[n] * b_dq_n, mask=m_d)
-        tl.store(p_dcoef + (N + n) * D, b_dc_n, mask=m_d)
+    is_start = HAS_STATE and i_k == 0
+    store_shares(b_u, b_w, b_dc, b_dq, b_q, b_c, p_dcoef, state + o_state, dstate_in + o_state, m_d, is_start, D, N)
     tl.store(p_dcoef + 2 * N * D, b_dskip, mask=m_d)
