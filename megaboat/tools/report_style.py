@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 WIDTH = 7.2  # inches; with this font the labels can still be read on a phone
 DPI = 160
@@ -117,9 +117,20 @@ def log_y(axes: Any) -> None:
     plain_numbers(axes.yaxis)
 
 
+def log_x(axes: Any) -> None:
+    """A logarithmic x axis of large numbers, drawn already: 500 M, 1 G. Where it spans little, ticks at 2 and 5 too."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter())
+
+
 def legend(parent: Any, theme: Theme, **options: Any) -> None:
-    """A legend without a box, in axes or a figure."""
-    parent.legend(frameon=False, fontsize=FONT - 1, labelcolor=theme.ink, **options)
+    """A legend without a border, in axes or a figure; what lies behind its words is dimmed."""
+    parent.legend(
+        facecolor=theme.paper, framealpha=0.8, edgecolor="none", fontsize=FONT - 1, labelcolor=theme.ink, **options
+    )
 
 
 def share_bar(figure: Figure, image: Any, axes: Any, theme: Theme, label: str) -> None:

@@ -294,8 +294,14 @@ def _at_best_rate(combination: Combination, results: list[Result], bits: Mapping
     if not members:
         return None
     group = Group(combination.levels, members, choice.rate)
+    where = f"{group.name}: " if combination.levels else ""
+    rates = {cell.rate for cell in combination.first}
+    tried = {cell.rate for cell in combination.first if cell.name in bits}
+    if tried < rates:
+        group.notes.append(
+            f"{where}{len(tried)} of {len(rates)} learning rates were tried so far, and may miss the best."
+        )
     if choice.side:
-        where = f"{group.name}: " if combination.levels else ""
         group.notes.append(
             f"{where}the best learning rate, {choice.rate:g}, is the {choice.side} that was tried; a better one may "
             "lie outside, and with it another activation."

@@ -15,6 +15,7 @@ from megaboat.tools.report_style import (
     dress,
     headline,
     legend,
+    log_x,
     new_figure,
     plain_numbers,
     readable_on,
@@ -95,7 +96,7 @@ def flops_figure(findings: Findings, theme: Theme) -> Figure:
     figure = new_figure(theme, 4.2)
     axes = figure.subplots()
     headline(figure, theme, "Quality against realised arithmetic")
-    dress(axes, theme, "", "training FLOPs, as activated (log scale)", "bits per byte (lower is better)")
+    dress(axes, theme, "", "FLOPs of the training, as activated (log scale)", "bits per byte (lower is better)")
     palette = colors(findings, theme)
     chosen = {result.cell.name for group in findings.groups for result in group.results}
     others = [result for result in findings.results if result.cell.name not in chosen]
@@ -105,8 +106,7 @@ def flops_figure(findings: Findings, theme: Theme) -> Figure:
     for group in findings.groups:
         place = [r.flops for r in group.results], [r.bits for r in group.results]
         axes.scatter(*place, s=48, color=palette[group.name], edgecolor=theme.paper, label=group.name, zorder=4)
-    axes.set_xscale("log")
-    axes.minorticks_off()
+    log_x(axes)
     legend(axes, theme)
     return figure
 
@@ -149,6 +149,7 @@ def domain_figure(groups: list[Group], theme: Theme) -> Figure:
     if len(groups) > 4:
         axes.tick_params(axis="x", rotation=30)
     axes.set_ylabel("held-out text", color=theme.ink, fontsize=FONT)
+    axes.set_xlabel(", ".join(groups[0].levels), color=theme.ink, fontsize=FONT)
     if len(groups) <= 12:
         for (row, column), value in np.ndenumerate(table_DG):
             text = f"{100 * value:.0f}" if math.isfinite(value) else ""
@@ -171,8 +172,7 @@ def step_figure(findings: Findings, groups: list[Group], theme: Theme) -> Figure
         color = palette[group.name]
         axes.fill_between(tokens_S, table_WS.min(0), table_WS.max(0), color=color, alpha=0.15, linewidth=0)
         axes.plot(tokens_S, table_WS.mean(0), color=color, linewidth=1.7, label=group.name)
-    axes.set_xscale("log")
-    axes.minorticks_off()
+    log_x(axes)
     axes.set_ylim(-0.02, 1.02)
     axes.set_yticks(*SHARE_TICKS)
     legend(axes, theme, ncols=2)
@@ -246,6 +246,8 @@ def span_figure(findings: Findings, groups: list[Group], theme: Theme) -> Figure
     if len(set(windows)) > 1:
         top.set_yscale("log")
         plain_numbers(top.yaxis)
+    else:
+        top.set_ylim(bottom=0)
     _main_axis(top, findings)
     legend(top, theme)
     palette = colors(findings, theme)
@@ -273,8 +275,7 @@ def dead_figure(findings: Findings, groups: list[Group], theme: Theme) -> Figure
         steps = min(map(len, shares))
         mean_S = np.mean([share[:steps] for share in shares], axis=0)
         axes.plot(metrics[0]["tokens"][:steps], mean_S, color=palette[group.name], linewidth=1.6, label=group.name)
-    axes.set_xscale("log")
-    axes.minorticks_off()
+    log_x(axes)
     axes.set_ylim(-0.02, 1.02)
     axes.set_yticks(*SHARE_TICKS)
     legend(axes, theme, ncols=2)

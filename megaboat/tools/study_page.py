@@ -222,9 +222,9 @@ def _laws_table(laws: dict[str, list[Fitted]]) -> str:
     for figure, fits in laws.items():
         for fitted in fits:
             values = zip(fitted.law.coefficients, fitted.intervals, strict=True)
-            told = ", ".join(f"{name} {i.mean:.3g} [{i.low:.3g}, {i.high:.3g}]" for name, i in values)
+            told = [f"{name} {i.mean:.3g} [{i.low:.3g}, {i.high:.3g}]" for name, i in values]
             error = f"{fitted.held_out_error:.4f}" if math.isfinite(fitted.held_out_error) else "too few sizes"
-            cells = f"<td>{escape(fitted.law.formula)}</td><td>{escape(told)}</td><td>{error}</td>"
+            cells = f"<td>{escape(fitted.law.formula)}</td><td>{_stacked(told)}</td><td>{error}</td>"
             rows.append(f'<tr><th scope="row">{names[figure]}: {fitted.law.name}</th>{cells}</tr>')
     what = (
         "Best first, by the error at the largest size when fitted to the others; x: parameters outside the embedding. "
@@ -239,14 +239,18 @@ def _layer_table(fits: list[LayerFit]) -> str:
     rows = []
     for fit in fits:
         values = zip(fit.terms, fit.intervals, strict=True)
-        told = ", ".join(f"{name} {i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}]" for name, i in values)
-        cells = f"<td>{escape(told)}</td><td>{fit.held_out_error:.3f}</td>"
+        told = [f"{name} {i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}]" for name, i in values]
+        cells = f"<td>{_stacked(told)}</td><td>{fit.held_out_error:.3f}</td>"
         rows.append(f'<tr><th scope="row">{", ".join(fit.terms)}</th>{cells}</tr>')
     what = (
         "Each layer by itself, on the logit scale: depth is from the first layer to the last, size a factor of e in "
         "parameters. The error is the root mean square over the layers of the largest size, fitted to the others."
     )
     return table_html("Layers", "Layers", what, ("terms", "coefficients", "error at the size left out"), rows)
+
+
+def _stacked(lines: list[str]) -> str:
+    return "<br>".join(map(escape, lines))
 
 
 def _tiles(findings: Findings, laws: dict[str, list[Fitted]]) -> list[tuple[str, str]]:
@@ -259,7 +263,7 @@ def _tiles(findings: Findings, laws: dict[str, list[Fitted]]) -> list[tuple[str,
             percent(min(shares)) if len(shares) == 1 else f"{100 * min(shares):.0f}\N{EN DASH}{percent(max(shares))}"
         )
         tiles.append((spread, "of tokens run attention, by group"))
-    tiles.append((f"{sum(result.cell.tokens for result in findings.results) / 1e6:,.0f} M", "tokens, all cells"))
+    tiles.append((f"{sum(result.cell.tokens for result in findings.results) / 1e6:,.3g} M", "tokens, all cells"))
     tiles.append((f"{sum(result.flops for result in findings.results) / 1e15:.3g}", "PFLOP realised, all cells"))
     if laws:
         best_law = laws["activation"][0]

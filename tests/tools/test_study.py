@@ -250,6 +250,8 @@ def test_a_second_wave_that_has_not_run_is_told(measured: Plan, tmp_path: Path) 
         "1 of 9 cells wait for the first seed to have tried all rates.",
         f"1 of 9 cells have not begun: {one}.",
     ]
+    notes = {group.name: group.notes for group in waits.groups}
+    assert notes["one"] == ["one: 1 of 2 learning rates were tried so far, and may miss the best."]
     assert {group.name for group in first_seed_tunes(measured, tmp_path / "none", one, two).groups} == {"two", "three"}
     seeds = [cell.name for cell in measured.cells if cell.levels["seed"] == "b"]
     first = first_seed_tunes(measured, tmp_path / "first", *seeds)
