@@ -110,6 +110,23 @@ def agreed_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
     return Checkpoint(folder) if folder else None
 
 
+class Laps:
+    """Seconds of this thread by what it did, from when this is made."""
+
+    def __init__(self) -> None:
+        self.seconds = collections.defaultdict[str, float](float)
+        self._last = time.perf_counter()
+
+    def lap(self, what: str) -> None:
+        """Everything since the lap before was `what`."""
+        now = time.perf_counter()
+        self.seconds[what] += now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{what} {seconds:.2f} s" for what, seconds in self.seconds.items())
+
+
 class CheckpointWriter:
     """Writes checkpoints while training goes on: `save` copies weights and moments to the host, a thread does the rest.
 
@@ -125,6 +142,8 @@ class CheckpointWriter:
         self._root, self._config, self._keep, self._ranks = root, config, keep, ranks
         self._check_owner = check_owner
         self._copies = HostCopies()
+        self.stop = Laps()
+        """Where the time went in which the last `save` held up training."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -142,11 +161,17 @@ class CheckpointWriter:
         Waits for the write before, and raises what went wrong with it: NotSaved where the disk refused it; the
         checkpoints before are as they were.
         """
+        self.stop = Laps()
         self.wait()
+        self.stop.lap("the write before")
         folder = self._root / f"step-{state['step']}"
         scratch = folder.with_name(folder.name + ".tmp")
         self._ranks.on_first(lambda: self._clear(scratch))
+        self.stop.lap("a new folder")
         files = self._snapshot("model", model) | self._snapshot("optimizer", optimizer)
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
+        self.stop.lap("the device")
         self._thread = threading.Thread(target=self._write, args=(scratch, folder, files, state), name="checkpoint")
         self._thread.start()
         return folder
@@ -167,9 +192,10 @@ class CheckpointWriter:
         """Host copies of what belongs into this rank's files, by file."""
         files = collections.defaultdict[str, dict[str, Tensor]](dict)
         for file, name, tensor in _dealt(kind, tensors, self._ranks):
+            self.stop.lap("gathering")
             files[file][name] = self._copies.copy(tensor.detach())
-        if self._ranks.device.type == "cuda":
-            torch.cuda.synchronize(self._ranks.device)
+            self.stop.lap("copying")
+        self.stop.lap("gathering")
         return dict(files)
 
     def _clear(self, scratch: Path) -> None:

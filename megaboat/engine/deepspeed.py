@@ -240,7 +240,8 @@ class Engine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter in full, fp32. All ranks take part, one parameter after the other."""
         for name, parameter in self.names.items():
-            mine = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            # Parameters are fp32 themselves: below stage 3 they are what AdamW's parts were copied to, on every rank.
+            mine = parameter.detach() if self.stage < 3 else safe_get_full_fp32_param(parameter)
             yield name, self._whole(name, mine)
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:

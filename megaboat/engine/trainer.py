@@ -235,7 +235,8 @@ class Trainer:
             self.watchdog.over(self.engine.moments(), "save"),
             state,
         )
-        get_logger().info("checkpoint of step %d: training waited %.2f s", self.step, time.perf_counter() - started)
+        waited = time.perf_counter() - started
+        get_logger().info("checkpoint of step %d: training waited %.2f s: %s", self.step, waited, self.writer.stop)
         self._saved = self.step
 
     def _named_model(self) -> Iterator[tuple[str, Tensor]]:

@@ -237,6 +237,7 @@ def _checkpoints(engine: Engine, config: RunConfig, ranks: Ranks, disk: Path) ->
             f"{turn}_blocked": blocked - started,
             f"{turn}_step_beside": beside,
             f"{turn}_written_after": time.perf_counter() - blocked,
+            **{f"{turn}: {what}": seconds for what, seconds in writer.stop.seconds.items()},
         }
     found["bytes"] = float(sum(path.stat().st_size for path in folder.iterdir()))
     ranks.barrier()

@@ -136,9 +136,14 @@ def sentence(compared: Compared, took: float) -> str:
 
 def checkpoint_line(found: dict[str, float]) -> str:
     """Seconds and bytes of saving and restoring."""
+
+    def parts(turn: str) -> str:
+        laps = {key.removeprefix(f"{turn}: "): found[key] for key in found if key.startswith(f"{turn}: ")}
+        return ", ".join(f"{what} {seconds:.2f} s" for what, seconds in laps.items())
+
     turns = ", ".join(
-        f"the {turn} stopped training for {found[f'{turn}_blocked']:.2f} s (a step beside the writing took "
-        f"{found[f'{turn}_step_beside']:.2f} s, all was written after {found[f'{turn}_written_after']:.1f} s)"
+        f"the {turn} stopped training for {found[f'{turn}_blocked']:.2f} s ({parts(turn)}; a step beside the writing "
+        f"took {found[f'{turn}_step_beside']:.2f} s, all was written after {found[f'{turn}_written_after']:.1f} s)"
         for turn in ("first", "second")
     )
     return (
