@@ -127,8 +127,8 @@ class Trainer:
         ahead = self.balance.look_ahead(first) if self.balance else np.empty((0, 1))
         lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
         self.watchdog.beat("gather")
+        grad_norm = self.engine.gradient_norm()  # before `gather`, which waits: its launches follow those of the pass
         everyone = sums.gather(self.ranks, work.read(), stop.received, ahead)
-        grad_norm = self.engine.gradient_norm()
         self.step += 1
         skipped = self.guard.judge(self.step, first, everyone.loss, grad_norm)
         if skipped:

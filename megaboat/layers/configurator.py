@@ -20,7 +20,7 @@ class Routing(NamedTuple):
     gradient. 1 where active for the arms `always` and, out of training, `gumbel`."""
     margin_XM: Tensor
     """fp32: logit of activating minus logit of skipping, before the temperature."""
-    temperature_M: Tensor
+    log_temperature_M: Tensor
     """fp32: of each module. No gradient."""
     overflow_M: Tensor | None = None
     """Capacity mode: int64, tokens that are inactive here because no row was left for them."""
@@ -92,7 +92,7 @@ class Configurator(nn.Module):
             confidence_XM = kernels.confidences(margin_XM, log_temperature_M, active_XM)
             if self.arm == "always" or (self.arm == "gumbel" and not self.training):
                 confidence_XM = active_XM + 0 * confidence_XM  # the logits stay in the graph: ranks must agree on it
-        return Routing(active_XM, confidence_XM, margin_XM, log_temperature_M.detach().exp())
+        return Routing(active_XM, confidence_XM, margin_XM, log_temperature_M.detach())
 
     def _decide(self, margin_XM: Tensor) -> Tensor:
         if self.arm == "always":

@@ -196,7 +196,7 @@ def force_ragged(trainer: Trainer) -> None:
         share_B = (0.5 + 0.25 * (_variety(tokens[0]) - middle) / spread + 0.2 * chance_B).clamp(0.05, 0.95)
         turn_BT = (torch.arange(T, device=share_B.device) * 0.618034) % 1  # spread evenly over the row
         active_XM = (turn_BT < share_B[:, None]).reshape(B * T, 1).expand_as(routing.active_XM)
-        confidence_XM = torch.sigmoid(routing.margin_XM / routing.temperature_M) * active_XM
+        confidence_XM = torch.sigmoid(routing.margin_XM / routing.log_temperature_M.exp()) * active_XM
         return routing._replace(active_XM=active_XM, confidence_XM=confidence_XM)
 
     for module in model.modules():

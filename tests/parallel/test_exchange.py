@@ -59,7 +59,7 @@ def read(model: SeqBoat, ranks: Ranks, share: float) -> tuple[Tensor, Tensor, Te
 
 
 def _decide(active_XM: Tensor, module: Any, inputs: Any, routing: Any) -> Any:
-    confidence_XM = torch.sigmoid(routing.margin_XM / routing.temperature_M) * active_XM
+    confidence_XM = torch.sigmoid(routing.margin_XM / routing.log_temperature_M.exp()) * active_XM
     return routing._replace(active_XM=active_XM, confidence_XM=confidence_XM)
 
 

@@ -19,7 +19,7 @@ def routings(seed: int) -> list[Routing]:
     temperature_M = torch.tensor([2.0, 7.0])
     active_LXM = margin_LXM > 0
     confidence_LXM = torch.sigmoid(margin_LXM / temperature_M) * active_LXM
-    return [Routing(*parts, temperature_M) for parts in zip(active_LXM, confidence_LXM, margin_LXM, strict=True)]
+    return [Routing(*parts, temperature_M.log()) for parts in zip(active_LXM, confidence_LXM, margin_LXM, strict=True)]
 
 
 def sums_of(*seeds: int) -> np.ndarray:

@@ -25,7 +25,7 @@ def test_a_bias_counts_in_temperatures() -> None:
     plain = model(tokens, docs).routings[0]
     with torch.no_grad(), biased(model, 0.25):
         moved = model(tokens, docs).routings[0]
-    assert torch.equal(moved.active_XM, plain.margin_XM > -0.25 * plain.temperature_M)
+    assert torch.equal(moved.active_XM, plain.margin_XM > -0.25 * plain.log_temperature_M.exp())
     assert torch.equal(model(tokens, docs).routings[0].active_XM, plain.active_XM), "the model is as it was"
 
 

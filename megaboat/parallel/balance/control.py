@@ -60,13 +60,14 @@ class Control:
         if not routings or not (self.config.ratio_loss or self.config.z_loss):
             return loss  # a dense model takes no decisions
         margin_LXM = torch.stack([routing.margin_XM for routing in routings])
-        temperature_L1M = torch.stack([routing.temperature_M for routing in routings])[:, None]
+        temperature_L1M = torch.stack([routing.log_temperature_M for routing in routings])[:, None].exp()
         share = scale / temperature_L1M.numel()
         if self.config.ratio_loss:
             target = self.config.ratio_target
             fraction_L1M = torch.full_like(temperature_L1M, target)
             if self.fraction_LM is not None:
-                fraction_L1M = self.fraction_LM[:, None].to(temperature_L1M)
+                # Else the host would wait here for the forward pass.
+                fraction_L1M = self.fraction_LM[:, None].to(temperature_L1M, non_blocking=True)
             loss = (
                 loss
                 + self.config.ratio_loss * share * ratio_loss(margin_LXM, temperature_L1M, fraction_L1M, target).sum()

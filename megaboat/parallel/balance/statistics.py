@@ -65,7 +65,7 @@ def sum_layers(routings: list[Routing], threshold_LM: Tensor, cu_seqlens: Tensor
         torch.stack([getattr(routing, name).detach() for routing in routings])
         for name in ("active_XM", "margin_XM", "confidence_XM")
     )
-    temperature_L1M = torch.stack([routing.temperature_M for routing in routings])[:, None]
+    temperature_L1M = torch.stack([routing.log_temperature_M for routing in routings])[:, None].exp()
     over_LXM = margin_LXM - threshold_LM[:, None]
     z_LXM = margin_LXM / temperature_L1M
     p_LXM = torch.sigmoid(z_LXM)
