@@ -35,7 +35,7 @@ class ClassifierConfig(Section):
     """What every symbol passes in a block of seqboat: the published moving average, or S4D or S5 to compare it with."""
     ema_order: int = pydantic.Field(16, gt=0, le=64, multiple_of=2)
     """States of the moving average a channel and direction (N); even, for pairs of poles."""
-    ema_reach: int = pydantic.Field(0, ge=0)
+    ema_reach: int = pydantic.Field(1024, ge=0)
     """Symbols that a moving average sums up on either side, as the published programs cut it off; 0: all."""
     window: int = pydantic.Field(128, ge=0)
     """An active symbol sees itself and this many active symbols on either side; 0: all of them (SeqBoat-full)."""

@@ -14,13 +14,14 @@ from megaboat.config import Section, load_config
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
 from megaboat.model.build import count_parameters
+from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import training_flops
 from megaboat.tools.plan import with_vocabulary
 from megaboat.tools.plan_layout import GPUS, Layout, layout_memory, rank_parameters, step_seconds
 
 RESOLVED, BASE = "study.yaml", "base.yaml"
 SEED_KEYS, RATE_KEY = {"train.seed", "data.seed"}, "optim.lr"
-ASSUMED_ACTIVATION = 0.5
+ASSUMED_ACTIVATION, FIXED_ACTIVATION = 0.5, {"always": 1.0, "never": 0.0}
 
 Changes = dict[str, Any]
 """`section.key` to value."""
@@ -202,8 +203,8 @@ def plan_table(plan: Plan, gpu: str) -> str:
         f"{'in all':<{width}}{sum(map(len, groups)):>7}{'':>29}{total_flops / 1e15:>10.4g}{total_minutes:>34,.2f}"
     )
     lines.append(
-        f"FLOPs and minutes at activation {ASSUMED_ACTIVATION:g}, memory with every token active; starting, evaluation "
-        "and gaps between kernels are left out: a small model takes several times as long."
+        f"FLOPs and minutes at activation {ASSUMED_ACTIVATION:g} where it is learned, memory with every token active; "
+        "starting, evaluation and gaps between kernels are left out: a small model takes several times as long."
     )
     if plan.study.tune == "first_seed":
         lines.append("The first seed tries all learning rates; the others run at the best of them.")
@@ -221,12 +222,14 @@ class Cost:
 
 
 def cell_cost(cell: Cell, gpu: Any) -> Cost:
-    """By the planner, at an activation of one half."""
+    """By the planner, at an activation of one half where it is learned."""
     config = with_vocabulary(cell.config)
+    arm = config.model.configurator if isinstance(config.model, SeqBoatConfig) else ""
+    activation = FIXED_ACTIVATION.get(arm, ASSUMED_ACTIVATION)
     parameters = rank_parameters(config, 1)
     layout = Layout(1, config.parallel.zero, config.train.micro_batch, config.train.checkpoint_activations)
-    step = sum(step_seconds(config, parameters, layout, gpu, ASSUMED_ACTIVATION))
-    flops = training_flops(config.model, cell.tokens, config.data.seq_len, ASSUMED_ACTIVATION)
+    step = sum(step_seconds(config, parameters, layout, gpu, activation))
+    flops = training_flops(config.model, cell.tokens, config.data.seq_len, activation)
     memory = layout_memory(config, parameters, layout, 1.0).total
     return Cost(int(parameters.total), flops, step * config.train.steps, memory)
 

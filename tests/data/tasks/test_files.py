@@ -113,6 +113,27 @@ def test_sound_is_split_by_the_two_lists(tmp_path: Path) -> None:
         Audio(kind="audio", folder=tmp_path).open()
 
 
+def test_sound_can_be_dealt_in_the_published_shares(tmp_path: Path) -> None:
+    """Each word's whole clips in 70, 15 and 15 %, each once; every clip here is a level of its own."""
+    levels = {word: range(start, start + 20) for word, start in (("no", 1), ("yes", 101))}
+    for word, its in levels.items():
+        for level in its:
+            tone(tmp_path / word / f"{level}.wav", 100.0 * level * np.ones(12))
+        tone(tmp_path / word / "short.wav", np.ones(11))
+    task = Audio(kind="audio", folder=tmp_path, length=12, split="published").open()
+    found: dict[str, list[int]] = {"no": [], "yes": []}
+    for split, count in (("train", 14), ("val", 3), ("test", 3)):
+        examples = task.splits[split]
+        assert examples.label.tolist() == [0] * count + [1] * count
+        for word, part in zip(found, np.split(examples.values[::12] // 100, 2), strict=True):
+            found[word] += part.tolist()
+    assert {word: sorted(its) for word, its in found.items()} == {word: list(its) for word, its in levels.items()}
+    values_BT = task.splits["train"].batch(np.arange(28))[0]
+    assert (values_BT.mean(), values_BT.std()) == pytest.approx((0, 1), abs=1e-6)
+    again = Audio(kind="audio", folder=tmp_path, length=12, split="published").open()
+    assert np.array_equal(again.splits["test"].values, task.splits["test"].values)
+
+
 def test_pictures_are_grey_rows_of_pixels(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     records = generator.integers(0, 256, (60, 3073), dtype=np.uint8)
