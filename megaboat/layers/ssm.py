@@ -56,7 +56,7 @@ class S4DLin(DampedEMA):
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """decay and weight (D, N / 2), complex."""
         decay_DP, held_DP = _held(self.log_step.exp()[:, None], self.log_rate.exp(), self.frequency)
-        return decay_DP, 2 * torch.view_as_complex(self.readout) * held_DP
+        return decay_DP, 2 * _complex(self.readout) * held_DP
 
     def forward(self, x_BTD: Tensor, first_BT: Tensor, state_BDN: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns y_BTD and the state after each row's last token."""
@@ -97,8 +97,8 @@ class S5(DampedEMA):
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """decay_P, and the maps into and out of the state's real and imaginary parts: (D, I) and (I, D)."""
         decay_P, held_P = _held(self.log_step.exp(), self.log_rate.exp(), self.frequency)
-        into_PD = held_P[:, None] * torch.view_as_complex(self.into)
-        out_DP = 2 * torch.view_as_complex(self.readout).conj().resolve_conj()
+        into_PD = held_P[:, None] * _complex(self.into)
+        out_DP = 2 * _complex(self.readout).conj().resolve_conj()
         return decay_P, torch.view_as_real(into_PD).transpose(0, 1).flatten(1), torch.view_as_real(out_DP).flatten(1).T
 
     def forward(self, x_BTD: Tensor, first_BT: Tensor, state_BI: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -161,6 +161,11 @@ def _held(step: Tensor, rate: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor
     turned = shrunk * angle.sin()
     held = torch.complex(gained, turned) / torch.complex(-rate, frequency)
     return torch.complex(shrunk * angle.cos(), turned), held
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    """A copy: a parameter may lie at an odd place of a flat buffer (ZeRO), where no complex view begins."""
+    return torch.complex(*pairs.unbind(-1))
 
 
 def _as_complex(pairs: Tensor) -> Tensor:

@@ -124,6 +124,18 @@ def test_s5_is_one_held_system_of_all_channels_through_its_exponential(layout: l
             np.testing.assert_allclose(y_D, naive.silu(out @ h + w["skip"] * x_D), **AGREE)
 
 
+@pytest.mark.parametrize("kind", [S4DLin, S5])
+def test_poles_and_maps_may_lie_at_odd_places_of_a_flat_buffer(kind: type[DampedEMA]) -> None:
+    """Where ZeRO puts them, and where no pair of numbers can be taken for a complex one."""
+    ssm, docs = naive.randomize(kind(6, 4), 1), pack([[9]])
+    x_BTD = gaussian(1, 9, 6)
+    before_BTD, _ = ssm(x_BTD, docs.first_BT)
+    for parameter in ssm.parameters():
+        flat = torch.cat([parameter.data.new_zeros(1), parameter.data.flatten()])
+        parameter.data = flat[1:].view_as(parameter)
+    assert torch.equal(ssm(x_BTD, docs.first_BT)[0], before_BTD)
+
+
 @pytest.mark.parametrize("modules", [1, 3])
 def test_configurator_is_argmax_and_tempered_softmax(modules: int) -> None:
     configurator = naive.randomize(Configurator(6, modules), 2)

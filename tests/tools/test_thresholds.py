@@ -50,3 +50,10 @@ def test_the_command(dataset_folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert points[2]["nll"] == figures["overall"]["nll"], "bias 0 is the model itself"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert main(["eval", str(run), "--picture", "x.png"]) == 2
+    overlapping = ["--context", "30", "--max-tokens", "600", "--json", str(tmp_path / "b.json")]
+    assert main(["eval", str(run), *overlapping]) == 0
+    after_30 = json.loads((tmp_path / "b.json").read_text())["overall"]
+    assert after_30["tokens"] == figures["overall"]["tokens"]
+    assert after_30["nll"] != figures["overall"]["nll"]
+    assert main(["eval", str(run), "--context", "5000"]) == 2
+    assert "and some must be scored" in capsys.readouterr().err
