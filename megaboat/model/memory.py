@@ -185,7 +185,7 @@ def _layer(
     if isinstance(config, LlamaConfig):
         return tokens * llama_layer_bytes(config, s)
     token, row = layer_bytes(config, s, tensor, elementwise)
-    made = 8 * config.width**2 if config.ssm == "s5" else 0  # the maps into its state and out of it
+    made = 12 * config.width**2 if config.ssm == "s5" else 0  # the maps into its state, complex too, and out of it
     return tokens * (token + activation * config.modules * row) + made
 
 
