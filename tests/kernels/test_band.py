@@ -73,13 +73,16 @@ def test_no_rows() -> None:
     assert all(gradient.numel() == 0 for gradient in torch.autograd.grad(out.sum(), inputs))
 
 
-def test_it_is_taken_for_long_documents_of_wide_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_is_taken_for_long_documents_of_wide_heads(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice itself, which else only a GPU makes."""
-    monkeypatch.setattr(flash, "supports", lambda q: True)
+    if device == "cpu":
+        monkeypatch.setattr(flash, "supports", lambda q: True)
 
     def chosen(documents: int, rows: int, columns: int, window: int = 1024) -> bool:
-        cu = torch.linspace(0, documents * rows, documents + 1).int()
-        return attention._by_band(cu.new_empty(cu[-1], 1, 128), cu.new_empty(cu[-1], columns), cu, window)
+        cu, R = torch.linspace(0, documents * rows, documents + 1, device=device).int(), documents * rows
+        q_RGZ = torch.empty(R, 1, 128, device=device, dtype=torch.bfloat16)
+        return attention._by_band(q_RGZ, q_RGZ.new_empty(R, columns), cu, window)
 
     assert chosen(8, 2048, 4096)
     assert not chosen(64, 256, 4096)
