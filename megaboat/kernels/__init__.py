@@ -13,7 +13,7 @@ from megaboat.kernels.loss_sharded import sharded_cross_entropy, sharded_token_n
 from megaboat.kernels.margin import margins
 from megaboat.kernels.norm import branch_norm, layer_norm
 from megaboat.kernels.recompute import elementwise as recompute_elementwise
-from megaboat.kernels.rotary import rotary_heads
+from megaboat.kernels.rotary import rotary_heads, rotary_pair
 from megaboat.kernels.rows import ActiveRows, PendingRows, begin_plan, compress, extract, few_sizes, plan_rows, room
 from megaboat.kernels.scan import diagonal_scan
 
@@ -41,6 +41,7 @@ __all__ = [
     "recompute_elementwise",
     "room",
     "rotary_heads",
+    "rotary_pair",
     "sharded_cross_entropy",
     "sharded_token_nll",
     "side_gradients",

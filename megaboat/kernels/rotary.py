@@ -16,6 +16,17 @@ def rotary_heads(z_RZ: Tensor, scale_GZ: Tensor, bias_GZ: Tensor, positions_R: T
     return rotate(z_RZ[:, None] * scale_GZ.to(z_RZ.dtype) + bias_GZ.to(z_RZ.dtype), positions_R, base)
 
 
+def rotary_pair(
+    z_RZ: Tensor, query_2GZ: tuple[Tensor, Tensor], key_2GZ: tuple[Tensor, Tensor], positions_R: Tensor, base: float
+) -> tuple[Tensor, Tensor]:
+    """`rotary_heads` by scale and bias of the queries, and by those of the keys: (R, G, Z) each."""
+    if z_RZ.is_cuda and z_RZ.dtype != torch.float64:
+        from megaboat.kernels.rotary_triton import rotary_pair_triton
+
+        return rotary_pair_triton(z_RZ, query_2GZ, key_2GZ, positions_R, turns(z_RZ.shape[-1], base, z_RZ.device))
+    return rotary_heads(z_RZ, *query_2GZ, positions_R, base), rotary_heads(z_RZ, *key_2GZ, positions_R, base)
+
+
 def rotate(x_RGZ: Tensor, positions_R: Tensor, base: float = 10000.0) -> Tensor:
     """Turn each pair (2i, 2i+1) of the last dimension by position * base^(-2i/Z).
 

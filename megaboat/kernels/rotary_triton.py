@@ -19,37 +19,47 @@ def rotary_heads_triton(
     z_RZ: Tensor, scale_GZ: Tensor, bias_GZ: Tensor, positions_R: Tensor, turns_P: Tensor
 ) -> Tensor:
     """`rotary.rotary_heads` for z in bf16, fp16 or fp32; turns_P: fp64, turns a position of each pair."""
-    return _RotaryHeads.apply(z_RZ, scale_GZ, bias_GZ, positions_R, turns_P)
+    return _RotaryHeads.apply(z_RZ, positions_R, turns_P, scale_GZ, bias_GZ)[0]
+
+
+def rotary_pair_triton(
+    z_RZ: Tensor, query_2GZ: tuple[Tensor, Tensor], key_2GZ: tuple[Tensor, Tensor], positions_R: Tensor, turns_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rotary.rotary_pair` likewise: one launch each way for both."""
+    return _RotaryHeads.apply(z_RZ, positions_R, turns_P, *query_2GZ, *key_2GZ)
 
 
 class _RotaryHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z_RZ, scale_GZ, bias_GZ, positions_R, turns_P):  # type: ignore[no-untyped-def]
-        z_RZ, positions_R = z_RZ.contiguous(), positions_R.contiguous()
-        (R, Z), G = z_RZ.shape, len(scale_GZ)
-        out_RGZ = z_RZ.new_empty(R, G, Z)
-        if R > 0:
-            rotary_fwd_kernel[(cdiv(R, ROWS),)](
-                z_RZ, scale_GZ.contiguous(), bias_GZ.contiguous(), positions_R, turns_P, out_RGZ, R, G, Z // 2,
-                ROWS, next_power_of_2(Z // 2),
-            )  # fmt: skip
-        ctx.save_for_backward(z_RZ, scale_GZ, positions_R, turns_P)
-        return out_RGZ
+    """Of one scale and bias, or of two: so many outputs."""
 
     @staticmethod
-    def backward(ctx, dout_RGZ):  # type: ignore[no-untyped-def]
-        z_RZ, scale_GZ, positions_R, turns_P = ctx.saved_tensors
-        (R, Z), G = z_RZ.shape, len(scale_GZ)
+    def forward(ctx, z_RZ, positions_R, turns_P, *affine):  # type: ignore[no-untyped-def]
+        z_RZ, positions_R = z_RZ.contiguous(), positions_R.contiguous()
+        affine = tuple(each.contiguous() for each in affine)
+        (R, Z), G = z_RZ.shape, len(affine[0])
+        outs = [z_RZ.new_empty(R, G, Z) for _ in affine[::2]]
+        if R > 0:
+            rotary_fwd_kernel[(cdiv(R, ROWS),)](
+                z_RZ, *affine[:2], *affine[-2:], positions_R, turns_P, outs[0], outs[-1], R, G, len(outs) > 1, Z // 2,
+                ROWS, next_power_of_2(Z // 2),
+            )  # fmt: skip
+        ctx.save_for_backward(z_RZ, positions_R, turns_P, *affine[::2])
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx, *douts):  # type: ignore[no-untyped-def]
+        z_RZ, positions_R, turns_P, *scales = ctx.saved_tensors
+        douts = tuple(dout.contiguous() for dout in douts)
+        (R, Z), G = z_RZ.shape, len(scales[0])
         dz_RZ = torch.empty_like(z_RZ)
         programs = cdiv(R, ROWS)
-        partial_P2GZ = z_RZ.new_empty(programs, 2, G, Z, dtype=torch.float32)
+        partial = z_RZ.new_empty(programs, 2 * len(scales), G, Z, dtype=torch.float32)
         if R > 0:
             rotary_bwd_kernel[(programs,)](
-                z_RZ, scale_GZ.contiguous(), positions_R, turns_P, dout_RGZ.contiguous(), dz_RZ, partial_P2GZ,
-                R, G, Z // 2, ROWS, next_power_of_2(Z // 2),
+                z_RZ, scales[0], scales[-1], positions_R, turns_P, douts[0], douts[-1], dz_RZ, partial,
+                R, G, len(scales) > 1, Z // 2, ROWS, next_power_of_2(Z // 2),
             )  # fmt: skip
-        dscale_GZ, dbias_GZ = partial_P2GZ.sum(0).to(scale_GZ.dtype).unbind()
-        return dz_RZ, dscale_GZ, dbias_GZ, None, None
+        return dz_RZ, None, None, *partial.sum(0).to(scales[0].dtype).unbind()
 
 
 @triton.jit
@@ -81,15 +91,25 @@ def load_pairs(z, o_row, o_p, m_rp, PAIRS: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit
 def rotary_fwd_kernel(  # type: ignore[no-untyped-def]
-    z, scale, bias, positions, frequency, out, R, G, PAIRS: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr
-):
+    z, scale, bias, scale_2, bias_2, positions, frequency, out, out_2, R, G, TWO: tl.constexpr, PAIRS: tl.constexpr,
+    BR: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_p = tl.arange(0, BP)
-    m_p = o_p < PAIRS
-    m_rp = (o_r < R)[:, None] & m_p[None, :]
+    m_rp = (o_r < R)[:, None] & (o_p < PAIRS)[None, :]
     o_row = o_r.to(tl.int64)
     b_cos, b_sin = phases(positions, frequency, o_r, o_p, R, PAIRS)
-    o_z, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, PAIRS)
+    _, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, PAIRS)
+    turn_heads(scale, bias, out, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS)
+    if TWO:
+        turn_heads(scale_2, bias_2, out_2, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS)
+
+
+@triton.jit
+def turn_heads(  # type: ignore[no-untyped-def]
+    scale, bias, out, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS: tl.constexpr
+):
+    m_p = o_p < PAIRS
     for g in range(G):
         o_g = g * 2 * PAIRS + 2 * o_p
         b_u = b_even * tl.load(scale + o_g, mask=m_p, other=0.0) + tl.load(bias + o_g, mask=m_p, other=0.0)
@@ -101,18 +121,37 @@ def rotary_fwd_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def rotary_bwd_kernel(  # type: ignore[no-untyped-def]
-    z, scale, positions, frequency, dout, dz, partial, R, G, PAIRS: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr
-):
+    z, scale, scale_2, positions, frequency, dout, dout_2, dz, partial, R, G, TWO: tl.constexpr, PAIRS: tl.constexpr,
+    BR: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
     i_p = tl.program_id(0).to(tl.int64)
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_p = tl.arange(0, BP)
-    m_p = o_p < PAIRS
-    m_rp = (o_r < R)[:, None] & m_p[None, :]
+    m_rp = (o_r < R)[:, None] & (o_p < PAIRS)[None, :]
     o_row = o_r.to(tl.int64)
     b_cos, b_sin = phases(positions, frequency, o_r, o_p, R, PAIRS)
     o_z, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, PAIRS)
     b_deven = tl.zeros([BR, BP], tl.float32)
     b_dodd = tl.zeros([BR, BP], tl.float32)
+    p_partial = partial + i_p * ((8 if TWO else 4) * G * PAIRS)
+    b_deven, b_dodd = turn_back(
+        scale, dout, p_partial, b_deven, b_dodd, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS
+    )
+    if TWO:
+        p_partial += 4 * G * PAIRS
+        b_deven, b_dodd = turn_back(
+            scale_2, dout_2, p_partial, b_deven, b_dodd, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS
+        )
+    tl.store(dz + o_z, b_deven.to(dz.dtype.element_ty), mask=m_rp)
+    tl.store(dz + o_z + 1, b_dodd.to(dz.dtype.element_ty), mask=m_rp)
+
+
+@triton.jit
+def turn_back(  # type: ignore[no-untyped-def]
+    scale, dout, p_partial, b_deven, b_dodd, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS: tl.constexpr
+):
+    """The gradient of z so far plus that of these heads; sums for their scales and biases."""
+    m_p = o_p < PAIRS
     for g in range(G):
         o_g = g * 2 * PAIRS + 2 * o_p
         o_out = o_row[:, None] * (2 * G * PAIRS) + o_g[None, :]
@@ -122,11 +161,10 @@ def rotary_bwd_kernel(  # type: ignore[no-untyped-def]
         b_dv = b_second * b_cos - b_first * b_sin
         b_deven += b_du * tl.load(scale + o_g, mask=m_p, other=0.0)[None, :]
         b_dodd += b_dv * tl.load(scale + o_g + 1, mask=m_p, other=0.0)[None, :]
-        p_scale = partial + i_p * (4 * G * PAIRS) + o_g
+        p_scale = p_partial + o_g
         p_bias = p_scale + 2 * G * PAIRS
         tl.store(p_scale, tl.sum(b_du * b_even, axis=0), mask=m_p)
         tl.store(p_scale + 1, tl.sum(b_dv * b_odd, axis=0), mask=m_p)
         tl.store(p_bias, tl.sum(b_du, axis=0), mask=m_p)
         tl.store(p_bias + 1, tl.sum(b_dv, axis=0), mask=m_p)
-    tl.store(dz + o_z, b_deven.to(dz.dtype.element_ty), mask=m_rp)
-    tl.store(dz + o_z + 1, b_dodd.to(dz.dtype.element_ty), mask=m_rp)
+    return b_deven, b_dodd

@@ -10,7 +10,7 @@ from megaboat import kernels
 from megaboat.kernels import ActiveRows
 from megaboat.layers.documents import Documents
 from megaboat.layers.linear import Linear
-from megaboat.layers.memory import KeyRows, WorkingMemory
+from megaboat.layers.memory import WorkingMemory
 
 
 class GatedAttentionUnit(nn.Module):
@@ -47,17 +47,18 @@ class GatedAttentionUnit(nn.Module):
         positions_R = docs.positions_BT.reshape(-1)[rows.token_R]
         if self.recall is not None:
             memory = self.recall(z_RZ, v_RE, positions_R, rows, docs)
-        q_RGZ = self._head(z_RZ, self.scale_q, self.bias_q, positions_R)
+        cu_k = None
         if memory is None:
-            keys, cu_k = KeyRows(z_RZ, v_RE, positions_R, rows.cu_seqlens), None
+            of_query, of_key = (self.scale_q, self.bias_q), (self.scale_k, self.bias_k)
+            q_RGZ, k_KGZ = kernels.rotary_pair(z_RZ, of_query, of_key, positions_R, self.rope_base)
+            v_KE = v_RE
         else:
+            q_RGZ = self._head(z_RZ, self.scale_q, self.bias_q, positions_R)
             keys = memory.extend(z_RZ, v_RE, positions_R, rows, docs)
-            cu_k = keys.cu_seqlens
-        k_KGZ = self._head(keys.z_KZ, self.scale_k, self.bias_k, keys.positions_K)
+            k_KGZ = self._head(keys.z_KZ, self.scale_k, self.bias_k, keys.positions_K)
+            v_KE, cu_k = keys.v_KE, keys.cu_seqlens
         scale = self.qk_dim**-0.5
-        o_RE = kernels.windowed_attention(
-            q_RGZ, k_KGZ, keys.v_KE, rows.cu_seqlens, cu_k, self.window, scale, rows.longest
-        )
+        o_RE = kernels.windowed_attention(q_RGZ, k_KGZ, v_KE, rows.cu_seqlens, cu_k, self.window, scale, rows.longest)
         return self.o(kernels.silu_gate(r_RE, o_RE))
 
     def step(self, h_BD: Tensor, active_B: Tensor, positions_B: Tensor, memory: WorkingMemory) -> Tensor:

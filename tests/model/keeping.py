@@ -26,7 +26,7 @@ from megaboat.kernels.margin_triton import margins_triton
 from megaboat.kernels.norm import EPS
 from megaboat.kernels.norm_triton import branch_norm_triton, layer_norm_triton
 from megaboat.kernels.rotary import turns
-from megaboat.kernels.rotary_triton import rotary_heads_triton
+from megaboat.kernels.rotary_triton import rotary_pair_triton
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.model.config import SeqBoatConfig
@@ -68,7 +68,7 @@ if __name__ == "__main__":
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     kernels.ema, gate._silu_gate, kernels.join_rows = ema_triton, silu_gate_triton, join_rows_triton
     kernels.margins = margins_triton
-    kernels.rotary_heads = lambda z, *rest: rotary_heads_triton(z, *rest[:3], turns(z.shape[1], rest[3], z.device))
+    kernels.rotary_pair = lambda z, *rest: rotary_pair_triton(z, *rest[:3], turns(z.shape[1], rest[3], z.device))
     norm._branch_norm = branch_norm_triton
     kernels.linear = lambda x, w, b=None: (mixed_linear if x.dtype == torch.bfloat16 else F.linear)(x, w, b)
     kernels.layer_norm = lambda x, weight=None, bias=None: layer_norm_triton(x, weight, bias, EPS)
