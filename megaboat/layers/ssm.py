@@ -80,7 +80,7 @@ class S5(DampedEMA):
 
     Held between tokens (zero-order hold) with a step for each pole. Poles, B and C start from HiPPO-N in blocks. The
     state is D numbers, real and imaginary parts side by side (I = 2 P), whatever `order` is. Two D x D products a token
-    in fp32 and `kernels.diagonal_scan`, in plain torch.
+    in fp32 and `diagonal_scan`, in plain torch.
     """
 
     def __init__(self, width: int, order: int) -> None:
