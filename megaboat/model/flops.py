@@ -105,8 +105,8 @@ def training_flops(
     """Of one step on rows of `length`, each one document; with `recomputes` what is executed, not what is useful.
     `tensor` as in `unit_flops`, for SeqBoat alone.
 
-    to_the_end: recomputation does a block's last product too, as under ZeRO-3, whose hooks hang on every module's
-    result, and in bf16 on GPUs, where a function of our own keeps its inputs when it is done (`kernels.linear`).
+    to_the_end: recomputation does a block's last product too, as in bf16 on GPUs, where a function of our own keeps
+    its inputs when it is done (`kernels.linear`).
     """
     if isinstance(config, LlamaConfig):
         forward, last = llama_flops(config, tokens, length), config.hidden

@@ -6,7 +6,7 @@ DeepSpeed's stages with fp32 parameters and AdamW. Bytes throughout; s is the si
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 import torch
 from torch import nn
@@ -153,7 +153,7 @@ def training_memory(
         optimizer=0.0 if offload else states,
         activations=activations,
         logits=logits,
-        buffers=_buffers(parameters, config.layers, zero, data) + late,
+        buffers=_buffers(parameters, config.layers, zero, data, LIVE if bf16 or checkpointing else inf) + late,
     )
 
 
@@ -205,11 +205,14 @@ def _loss(config: SeqBoatConfig | LlamaConfig, s: int, tokens: int, tensor: int)
     return 2 * min(tokens, chunk(max(1, int(V)))) * V * s + V * config.width * 2 * s, V * config.width * 4
 
 
-def _buffers(parameters: Parameters, layers: int, zero: int, data: int) -> float:
-    """DeepSpeed's buckets: one for gradients that travel in bf16 and one for those in fp32."""
+def _buffers(parameters: Parameters, layers: int, zero: int, data: int, live: float) -> float:
+    """DeepSpeed's buckets: one for gradients that travel in bf16 and one for those in fp32; and what is gathered.
+
+    live: the most elements that ZeRO-3 gathers; in fp32 the layers' products keep their weights for the backward pass.
+    """
     if zero == 0:
         return 0.0 if data == 1 else 4.0 * min(parameters.total, BUCKET)
     if zero < 3:
         return 2 * 4.0 * BUCKET
     gathered = parameters.total / layers if data == 1 else parameters.total  # in fp32; one rank has nothing to gather
-    return (2 + 4) * BUCKET_3 + 4.0 * min(gathered, LIVE)
+    return (2 + 4) * BUCKET_3 + 4.0 * min(gathered, live)

@@ -74,7 +74,7 @@ def planned_flops(case: Case, activation: float) -> float:
     """Of one step over all ranks, as executed: recomputation, and what tensor ranks compute alike, are in it."""
     train, length = case.config.train, case.config.data.seq_len
     tokens = train.global_batch * length
-    to_the_end = case.config.parallel.zero == 3 or (train.precision == "bf16" and torch.cuda.is_available())
+    to_the_end = train.precision == "bf16" and torch.cuda.is_available()
     again, tensor = train.checkpoint_activations, case.config.parallel.tensor
     return training_flops(case.config.model, tokens, length, activation, again, to_the_end, tensor)
 

@@ -80,7 +80,7 @@ def gpu_counts(text: str) -> list[int]:
 def flops_table(config: RunConfig, parameters: Parameters, activation: float) -> str:
     """GFLOP a token of a training step, dense-equivalent (6 a parameter) and by activation."""
     length = config.data.seq_len
-    to_the_end = config.parallel.zero == 3 or config.train.precision == "bf16"
+    to_the_end = config.train.precision == "bf16"
     lines = [f"{'GFLOP a token, forward and backward':<40}{6 * parameters.total / 1e9:10.3f}  as 6 a parameter"]
     shares = sorted({activation, config.train.capacity or 1.0}) if isinstance(config.model, SeqBoatConfig) else [1.0]
     for share in shares:

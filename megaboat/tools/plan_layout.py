@@ -124,7 +124,7 @@ def step_seconds(
 ) -> tuple[float, float]:
     """(computing, waiting for communication) of a step at best: no gaps between kernels, no slow disk."""
     tokens = config.train.global_batch * config.data.seq_len
-    to_the_end = layout.zero == 3 or config.train.precision == "bf16"
+    to_the_end = config.train.precision == "bf16"
     length, tensor = config.data.seq_len, layout.tensor
     flops = training_flops(config.model, tokens, length, activation, layout.checkpointing, to_the_end, tensor)
     flops /= layout.gpus
