@@ -79,7 +79,8 @@ class ParallelConfig(Section):
     """How the work is cut."""
 
     zero: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed's stage: 1 cuts optimizer states over the ranks, 2 gradients too, 3 parameters too."""
+    """DeepSpeed's stage: 1 cuts optimizer states over the ranks, 2 gradients too, 3 parameters too. On one copy of the
+    model 1 and 2 have nothing to cut and run as 0."""
     tensor: int = pydantic.Field(1, gt=0)
     """Ranks that hold one copy of the model together, cut by heads, hidden channels and vocabulary; neighbours."""
     sequence: int = pydantic.Field(1, gt=0)
