@@ -55,7 +55,7 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor:
 
 
 zero.stage3.defragment = _side_by_side
-# It makes lists of all parameters for each one: half a minute for 7,000. `parameter_groups` names each once.
+# It makes lists of all parameters for each one: seconds for 7,000. `parameter_groups` names each once.
 deepspeed.DeepSpeedEngine._check_for_duplicates = lambda *_: None
 
 
