@@ -2,11 +2,13 @@
 
 from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megaboat.engine import deepspeed
 from megaboat.engine.deepspeed import Engine
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
@@ -47,6 +49,31 @@ def test_equals_one_process(one_process: Trace, tmp_path: Path, layout: Layout) 
         assert not any(traces[0].active_rows()[forced]), "the first copy was meant to activate nothing in layer 1"
         assert traces[-1].active[forced, 1].all(), "the last copy was meant to activate everything"
     found = difference(traces, one_process, layout)
+    assert found.is_none(), found
+
+
+def train_in_small_pieces(ranks: Ranks, config: RunConfig) -> Trace:
+    """`train` with thresholds at which even this model's weights are released, fetched ahead and reduced in parts."""
+    whole = deepspeed._settings
+
+    def small(*arguments: Any) -> dict[str, Any]:
+        settings = whole(*arguments)
+        settings["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 40,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 3000,
+            "reduce_bucket_size": 6000,
+        }
+        return settings
+
+    deepspeed._settings = small  # the process is this rank's own
+    return train(ranks, config)
+
+
+@pytest.mark.slow
+def test_weights_that_come_and_go_are_the_same(one_process: Trace, tmp_path: Path) -> None:
+    layout = Layout(2, 1, 3, 2, True)
+    found = difference(run_on_ranks(train_in_small_pieces, 2, layout.config(tmp_path)), one_process, layout)
     assert found.is_none(), found
 
 
