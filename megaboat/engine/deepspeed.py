@@ -51,6 +51,8 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor:
     flat = torch.empty(sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
     for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True):
         t.data = part.copy_(t)
+    if flat.is_cuda:
+        torch.cuda.empty_cache()  # of whole parameters and their parts: small blocks, and large ones will be asked for
     return flat
 
 
