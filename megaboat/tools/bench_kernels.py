@@ -108,8 +108,12 @@ def ema_cases(sizes: Sizes, device: str) -> Iterator[Case]:
     inputs = _ema_inputs(device, sizes.tokens, sizes.width, sizes.order, torch.bfloat16)
     first_BT = (torch.arange(sizes.tokens, device=device) % sizes.document == 0)[None]
     one = inputs[0].nbytes
-    for silu in (False, True):
-        forward, label = _ema(first_BT, silu), "ema + silu" if silu else "ema"
+    for silu, first, text in (
+        (False, first_BT, ""),
+        (True, first_BT, ""),
+        (False, torch.zeros_like(first_BT), ", one document"),
+    ):
+        forward, label = _ema(first, silu), ("ema + silu" if silu else "ema") + text
         leaves = [x.detach().requires_grad_() for x in inputs]
         yield Case(f"{label}, forward", partial(forward, *leaves), bytes=2 * one)
         yield Case(f"{label}, forward and backward", with_gradients(forward, *inputs), bytes=5 * one)

@@ -223,7 +223,7 @@ def rate_figure(findings: Findings, theme: Theme) -> Figure:
     rates = sorted({rate for group in findings.groups for rate in findings.rates(group.levels)})
     bottom.set_xscale("log")
     bottom.minorticks_off()
-    bottom.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    bottom.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=0 if len(rates) < 7 else 45)
     bottom.set_ylim(-0.02, 1.02)
     bottom.set_yticks(*SHARE_TICKS)
     legend(top, theme, ncols=2)
