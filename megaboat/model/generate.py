@@ -144,7 +144,7 @@ class LlamaReader:
 
     def _read(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         output = self.model.body(
-            input_ids=tokens_BT,
+            inputs_embeds=self.model.embed(tokens_BT),
             attention_mask=self.mask_BT,
             position_ids=positions_BT,
             past_key_values=self.cache,

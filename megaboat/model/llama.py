@@ -2,6 +2,10 @@
 
 Its attention goes through the same door to flash attention as SeqBoat's, over packed documents. Left to itself,
 transformers masks packed rows by a matrix of T x T: correct, several times slower, and no fair peer.
+
+Its embedding is SeqBoat's: drawn from N(0, 1/width) and multiplied by sqrt(width) on its way in, so that the residual
+stream starts at unit scale, as in Gemma. With transformers' own N(0, 0.02) everywhere 37M parameters reach 1.645 bits
+per byte on test after 31.5M tokens (lr 2.4e-3, the best of three; three seeds), and 1.549 with this (1.2e-3, one seed).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -73,14 +77,17 @@ def _body(config: LlamaConfig) -> "LlamaModel":
 
 
 class Llama(nn.Module):
-    """Llama with a tied head."""
+    """Llama with a tied head. The embedding is out of transformers' hands: `body` takes what `embed` gives."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary is known once the token shards are open"
         self.config = config
-        self.body = _body(config)
-        self.head = Head(self.body.embed_tokens.weight)
+        body = _body(config)
+        self.embedding = body.embed_tokens
+        del body.embed_tokens
+        self.body = body
+        self.head = Head(self.embedding.weight)
 
     @property
     def checkpoint_activations(self) -> bool:
@@ -98,11 +105,15 @@ class Llama(nn.Module):
         for layer in self.body.layers:
             layer.compile(dynamic=False)
 
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), of unit scale at the start."""
+        return to_compute_dtype(self.embedding(tokens_BT) * self.config.width**0.5)
+
     def forward(
         self, tokens_BT: Tensor, docs: Documents, targets_BT: Tensor | None = None, per_token: bool = False
     ) -> ModelOutput:
         """Read B x T tokens of packed documents."""
-        x_BTD = to_compute_dtype(self.body.embed_tokens(tokens_BT))
+        x_BTD = self.embed(tokens_BT)
         if self.body.config._attn_implementation != PACKED:  # generation, which has a cache, sets another
             self.body.set_attn_implementation(PACKED)
         h_BTD = self.body(inputs_embeds=x_BTD, position_ids=docs.positions_BT, docs=_Sealed(docs)).last_hidden_state
@@ -112,10 +123,11 @@ class Llama(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Llama, seed: int) -> None:
-    """N(0, 0.02) for matrices, 1 for norms, as Hugging Face does, from our own generator."""
+    """N(0, 1/width) for the embedding, a deviation of 0.02 for other matrices, 1 for norms, from our own generator."""
     generator = torch.Generator(device=model.head.weight.device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim == 2:
-            parameter.normal_(0, 0.02, generator=generator)
+            deviation = model.config.width**-0.5 if parameter is model.embedding.weight else 0.02
+            parameter.normal_(0, deviation, generator=generator)
         else:
             parameter.fill_(1)

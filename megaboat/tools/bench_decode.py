@@ -194,7 +194,10 @@ class _Peer:
 
     def step(self, tokens_B: Tensor) -> Tensor:
         output = self.llama.body(
-            input_ids=tokens_B[:, None], position_ids=self.position_B1, past_key_values=self.cache, use_cache=True
+            inputs_embeds=self.llama.embed(tokens_B[:, None]),
+            position_ids=self.position_B1,
+            past_key_values=self.cache,
+            use_cache=True,
         )
         self.position_B1 += 1
         return self.llama.head(output.last_hidden_state[:, -1])

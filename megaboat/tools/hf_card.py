@@ -55,7 +55,8 @@ length of the text. `model(..., output_decisions=True).decisions` shows which to
 
 The code here is plain torch. Where megaboat is installed, `megaboat.tools.hf_model.SeqBoatForCausalLM.from_pretrained`
 loads the same folder with its GPU kernels."""
-LLAMA = "A Llama model, trained by megaboat as the dense baseline of its SeqBoat models."
+LLAMA = """A Llama model, trained by megaboat as the dense baseline of its SeqBoat models. In training one matrix was
+the head and, times sqrt(width), the embedding; here they are two, and the parameters below count it once."""
 
 
 def write_card(

@@ -112,7 +112,7 @@ def _write_configs(folder: Path, config: RunConfig, tokenizer: Tokenizer, begin:
     symbols = {"bos_token_id": begin, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     symbols = {name: index for name, index in symbols.items() if index is not None}
     sizes = _llama_sizes(config.model) if isinstance(config.model, LlamaConfig) else _seqboat_sizes(config.model)
-    _write_json(folder / "config.json", sizes | symbols | {"dtype": "float32", "tie_word_embeddings": True})
+    _write_json(folder / "config.json", {"dtype": "float32", "tie_word_embeddings": True} | sizes | symbols)
     _write_json(folder / "generation_config.json", symbols | {"do_sample": False})
 
 
@@ -136,6 +136,7 @@ def _llama_sizes(model: LlamaConfig) -> dict[str, Any]:
     return sizes | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "tie_word_embeddings": False,
         "num_hidden_layers": model.layers,
         "vocab_size": model.vocab_size,
     }

@@ -29,6 +29,8 @@ CONFIG_FILE = "megaboat.yaml"
 FORMAT = "megaboat-export/1"
 # Files that people edit after an export.
 FREE = ("README.md", "generation_config.json")
+# transformers' Llama multiplies no embedding: it gets sqrt(width) times our matrix, and the matrix itself as its head.
+LLAMA_INPUT, LLAMA_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Export:
@@ -71,27 +73,35 @@ def seal(folder: Path, state: dict[str, Any], proof: dict[str, Any]) -> None:
     (folder / EXPORT_FILE).write_text(canonical_json(record))
 
 
-def hf_name(name: str, config: RunConfig) -> str | None:
-    """What transformers calls our tensor; None for rotary tables, which it computes."""
+def hf_names(name: str, config: RunConfig) -> tuple[str, ...]:
+    """What transformers calls our tensor: Llama's embedding twice; no rotary tables, which it computes."""
     if not isinstance(config.model, LlamaConfig):
-        return f"model.{name}"
-    return None if ".rotary_emb." in name else name.replace("body.", "model.", 1)
+        return (f"model.{name}",)
+    if name == "embedding.weight":
+        return LLAMA_INPUT, LLAMA_HEAD
+    return () if ".rotary_emb." in name else (name.replace("body.", "model.", 1),)
 
 
-def our_name(name: str, config: RunConfig) -> str:
-    """What our model calls a tensor of the export."""
-    if isinstance(config.model, LlamaConfig):
-        return name.replace("model.", "body.", 1)
-    return name.removeprefix("model.")
+def our_name(name: str, config: RunConfig) -> str | None:
+    """What our model calls a tensor of the export; None for Llama's input, since its head has the same to the bit."""
+    if not isinstance(config.model, LlamaConfig):
+        return name.removeprefix("model.")
+    if name == LLAMA_INPUT:
+        return None
+    return "embedding.weight" if name == LLAMA_HEAD else name.replace("model.", "body.", 1)
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], config: RunConfig, shard_bytes: int) -> None:
     """Shards of about `shard_bytes` in the order of names: the same tensors give the same bytes."""
-    pairs = ((hf_name(name, config), name) for name in tensors)
-    ours = {theirs: name for theirs, name in pairs if theirs is not None}
+    ours = {theirs: name for name in tensors for theirs in hf_names(name, config)}
+
+    def exported(theirs: str) -> Tensor:
+        tensor = tensors[ours[theirs]]
+        return tensor * config.model.width**0.5 if theirs == LLAMA_INPUT else tensor
+
     shards: list[tuple[Path, list[str]]] = []
     total = 0
-    for shard in _shards(((theirs, tensors[ours[theirs]]) for theirs in sorted(ours)), shard_bytes):
+    for shard in _shards(((theirs, exported(theirs)) for theirs in sorted(ours)), shard_bytes):
         path = folder / f"{len(shards) + 1}.part"
         save_file(shard, path, {"format": "pt"})
         path.chmod(0o644)  # safetensors writes for the owner only
@@ -130,7 +140,8 @@ class _Tensors(Mapping[str, Tensor]):
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise DamagedData(f"{path}: not a whole safetensors file: {error}") from None
-            self._place |= {our_name(name, config): (handle, name) for name in handle.keys()}  # noqa: SIM118
+            pairs = ((our_name(name, config), name) for name in handle.keys())  # noqa: SIM118
+            self._place |= {ours: (handle, name) for ours, name in pairs if ours is not None}
 
     def __getitem__(self, name: str) -> Tensor:
         handle, theirs = self._place[name]

@@ -23,8 +23,8 @@ def prompts() -> list[list[int]]:
 def lively_llama() -> LanguageModel:
     model = build_model(LlamaConfig(family="llama", vocab_size=256, layers=2, width=32, heads=4, kv_heads=2), 0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(10 if parameter.ndim == 2 else 1)
+        for name, parameter in model.named_parameters():
+            parameter.mul_(10 if parameter.ndim == 2 and name != "embedding.weight" else 1)
     return model.double().eval()
 
 

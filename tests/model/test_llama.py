@@ -14,12 +14,12 @@ CONFIG = LlamaConfig(family="llama", vocab_size=256, layers=2, width=32, heads=4
 
 
 def lively(seed: int = 0) -> Llama:
-    """Weights far from the start, so that attention is far from uniform."""
+    """Maps far from the start, so that attention is far from uniform."""
     model = build_model(CONFIG, seed)
     assert isinstance(model, Llama)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(10 if parameter.ndim == 2 else 1)
+            parameter.mul_(10 if parameter.ndim == 2 and parameter is not model.embedding.weight else 1)
     return model.double()
 
 
@@ -50,7 +50,7 @@ def test_no_gradient_from_one_document_to_another(checkpoint_activations: bool) 
     targets_BT = torch.full((1, 64), -100)
     targets_BT[0, 30:63] = tokens_BT[0, 31:]
     embedded: list[Tensor] = []
-    model.body.embed_tokens.register_forward_hook(lambda _, __, x: embedded.append(x) or x.retain_grad())
+    model.embedding.register_forward_hook(lambda _, __, x: embedded.append(x) or x.retain_grad())
     model(tokens_BT, docs, targets_BT).nll.backward()
     assert embedded[0].grad[0, :30].count_nonzero() == 0
     assert embedded[0].grad[0, 30:63].abs().sum(-1).min() > 0
@@ -83,10 +83,18 @@ def test_initialize_sets_every_parameter_from_the_seed() -> None:
     for (name, a), b, c in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
         if a.ndim == 2:
-            assert a.std().item() == pytest.approx(0.02, rel=0.1), name
+            expected = CONFIG.width**-0.5 if name == "embedding.weight" else 0.02
+            assert a.std().item() == pytest.approx(expected, rel=0.1), name
             assert not torch.equal(a, c), name
         else:
             assert (a == 1).all(), name
+
+
+def test_the_residual_stream_starts_at_unit_scale() -> None:
+    model, entered = build_model(CONFIG, 0), []
+    model.body.layers[0].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    model(text_rows(2, 64), Documents.whole(2, 64))
+    assert entered[0].square().mean().item() == pytest.approx(1, rel=0.1)
 
 
 def test_layers_are_compiled_once_for_any_number_of_documents() -> None:

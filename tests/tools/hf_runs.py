@@ -61,7 +61,7 @@ def _enliven(model: torch.nn.Module, tokens_BT: torch.Tensor) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(("scale_q", "scale_k")):
             parameter.normal_(0, 30, generator=generator)
-        elif parameter.ndim == 2 and not isinstance(model, SeqBoat):
+        elif parameter.ndim == 2 and name != "embedding.weight" and not isinstance(model, SeqBoat):
             parameter.mul_(5)
     if isinstance(model, SeqBoat):
         model.calibrate(tokens_BT, Documents.whole(*tokens_BT.shape))

@@ -14,9 +14,11 @@ import torch
 
 from megaboat.config import build_config, load_config
 from megaboat.data.tokenizer import open_tokenizer, train_model
+from megaboat.engine.checkpoint import load_weights
 from megaboat.engine.run_config import RunConfig
-from megaboat.errors import DamagedData, MegaboatError
+from megaboat.errors import BadInput, DamagedData, MegaboatError
 from megaboat.layers.documents import Documents
+from megaboat.model.build import build_model
 from megaboat.tools import convert, hf_export
 from megaboat.tools.hf_files import Export, write_weights
 from megaboat.tools.loading import load_run, newest_checkpoint
@@ -81,6 +83,8 @@ def test_an_export_proves_itself_in_another_process(
     said = capsys.readouterr().out
     assert "proved in a process without megaboat on the validation split: 4,096 tokens" in said
     assert ("24,576 decisions" in said) == (model is not LLAMA)
+    sizes = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert sizes["tie_word_embeddings"] == (model is not LLAMA)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert "| training tokens | 384 (3 steps) |" in card
@@ -143,6 +147,14 @@ def test_there_and_back_is_the_same_bytes(model: dict, dataset: Path, tmp_path: 
     moments = back.optimizer()
     assert not any(tensor.any() for tensor in moments.values())
     assert len(moments) == 2 * len(list(load_run(run).model.parameters()))
+
+
+def test_a_llama_whose_embedding_was_not_multiplied_is_refused() -> None:
+    model = build_model(build_config(RunConfig, {"model": LLAMA | {"vocab_size": 9}}, "the test").model, 0)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors["body.embed_tokens.weight"] = tensors.pop("embedding.weight")  # where it was then
+    with pytest.raises(BadInput, match="train.out holds a run of another model"):
+        load_weights(model, tensors, "an old run")
 
 
 @pytest.mark.slow
