@@ -257,8 +257,8 @@ def span_figure(findings: Findings, groups: list[Group], theme: Theme) -> Figure
         bottom.plot(
             depth_L, span_by_layer, color=palette[group.name], marker="o", markersize=4, linewidth=1.6, label=group.name
         )
-    bottom.set_ylim(bottom=0)
-    legend(bottom, theme, ncols=2)
+    bottom.set_ylim(0, 1.4 * bottom.get_ylim()[1])  # room for the legend above the lines
+    legend(bottom, theme, ncols=4, loc="upper center")
     return figure
 
 
