@@ -28,12 +28,13 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
     tasks = int(variables.get("SLURM_NTASKS", "1"))
     if "SLURM_PROCID" in variables and "SLURM_STEP_ID" not in variables and tasks > 1:
         raise BadInput(f"started by the batch script of a SLURM job of {tasks} tasks: put srun in front of the command")
+    free_port()  # for what it refuses
     return {
         "RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": "0",  # nobody else must know it; one that was free a moment ago may be another's by then
     }
 
 
