@@ -134,7 +134,7 @@ class Engine:
         self._clip = config.optim.clip
         self.names = dict(model.named_parameters())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._norm: Tensor | None = None  # of the gradients as they are, at stage 0
+        self._norm: Tensor | None = None  # of the gradients as they are, once it was asked for
         settings = _settings(config, micro_steps, self.stage)
         if self.stage == 3:
             # Before `initialize`, which would print every whole parameter into a message that nobody reads.
@@ -148,6 +148,8 @@ class Engine:
         )
         if self.stage == 0 and ranks.replicas == 1:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients twice to add up nothing
+        if self.stage in (1, 2) and not self._offloads:
+            self._optimizer.scaled_global_norm = self._norm_of_partitions
         if self.stage == 3:
             self._optimizer.get_grad_norm_direct = self._norm_of_slices
             # Each would be gathered by itself after a step; not gathered there, they come with the rest of their block.
@@ -189,7 +191,8 @@ class Engine:
             return float(self._norm)
         if self.stage == 3:
             return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
-        return float(self._optimizer.scaled_global_norm())
+        self._norm = self._optimizer.scaled_global_norm()
+        return float(self._norm)
 
     def step(self, lr: float) -> None:
         """After the last micro-batch of a step: clip, update, clear."""
@@ -222,6 +225,7 @@ class Engine:
         gradients = [part for parts in self._optimizer.averaged_gradients.values() for part in parts or []]
         for part in gradients:
             part.fill_(torch.inf)
+        self._norm = None
         self._engine.step()
         for part in gradients:
             part.zero_()  # ZeRO-3 keeps these buffers, and writes over all but their padding
@@ -325,8 +329,20 @@ class Engine:
         parts = nn.utils.get_total_norm([gradient for name, gradient in gradients.items() if name in self._cut])
         return torch.linalg.vector_norm(torch.cat([tensor.whole(parts[None], 0, self._group), norm[None]]))
 
+    def _norm_of_partitions(self) -> Tensor:
+        """Of all groups, under ZeRO-1 and 2: their own copies every tensor to fp64, and is taken again in each step."""
+        if self._norm is None:
+            gradients: list[Tensor] = []
+            parameters: list[nn.Parameter] = []
+            for i, mine in enumerate(self._optimizer.params_in_partition):
+                parts = [g for g in self._optimizer.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
+                gradients += parts[: len(mine)]  # a partition without parameters has zeros for a gradient
+                parameters += mine
+            self._norm = self._norm_of_slices(gradients, parameters)
+        return self._norm
+
     def _norm_of_slices(self, gradients: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
-        """Of a group over all ranks, -1 where it is not finite: ZeRO-3's own takes three launches for every tensor."""
+        """Over all ranks, -1 where it is not finite: ZeRO-3's own takes three launches for every tensor of a group."""
         pairs = zip(gradients, parameters, strict=True)
         counted = [  # what tensor ranks hold alike counts once
             gradient for gradient, p in pairs if self._ranks.tensor_rank == 0 or is_model_parallel_parameter(p)

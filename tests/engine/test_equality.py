@@ -1,5 +1,7 @@
 """Distributed training is one process's training: the same losses, gradients, weights and moments."""
 
+from collections import Counter
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from megaboat.engine import deepspeed
 from megaboat.engine.deepspeed import Engine
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
+from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from tests.distributed import run_on_ranks
-from tests.engine.equality import CHOICES, FORCED_STEPS, Layout, Trace, difference, pairwise, train
+from tests.engine.equality import CHOICES, FORCED_STEPS, RATE, Layout, Trace, difference, pairwise, train
 
 USUAL = [
     Layout(1, 1, 1, 2, True),
@@ -128,3 +131,21 @@ def test_moments_enter_and_leave_unchanged(one_process: Trace, tmp_path: Path, l
         torch.testing.assert_close(found, one_process.moments, rtol=0, atol=0)
         assert updates == 7
         assert squares == pytest.approx(expected, rel=1e-6), "AdamW does not hold what was loaded"
+
+
+def norms_of_a_step(ranks: Ranks, config: RunConfig) -> tuple[Counter[str], Counter[str]]:
+    """How often torch takes a norm of any kind in `gradient_norm`, and then in `step`."""
+    engine = Engine(build_model(config.model, seed=0), config, ranks)
+    engine.backward(engine(torch.ones(1, 8, dtype=torch.long), Documents.whole(1, 8), torch.ones(1, 8).long()).nll)
+    counts = []
+    for action in (engine.gradient_norm, partial(engine.step, RATE)):
+        with torch.profiler.profile() as profile:
+            action()
+        counts.append(Counter(event.name for event in profile.events() if "norm" in event.name))
+    return counts[0], counts[1]
+
+
+def test_a_norm_of_all_gradients_is_taken_at_once_and_once_a_step(tmp_path: Path) -> None:
+    for of_norm, of_step in run_on_ranks(norms_of_a_step, 2, Layout(2, zero=2).config(tmp_path)):
+        assert of_norm["aten::_foreach_norm"] == 1
+        assert not of_step

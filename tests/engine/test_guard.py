@@ -205,10 +205,10 @@ def skip_between(ranks: Ranks, config: RunConfig, kinds: str) -> list[Tensor]:
             engine.backward(engine(row[:, :-1], Documents.whole(1, 24), row[:, 1:]).nll / 24)
             if i + 1 < len(rows):
                 engine.next_micro_batch()
+        assert 0 < engine.gradient_norm() < math.inf
         if kind == "s":
             engine.skip()
         else:
-            assert 0 < engine.gradient_norm() < math.inf
             engine.step(1e-2)
     return [tensor.clone() for _, tensor in [*engine.weights(), *engine.moments()]]
 
