@@ -33,13 +33,13 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from megaboat.engine.deepspeed_settings import engine_settings
 from megaboat.engine.optim import parameter_groups
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig, effective_stage
 from megaboat.kernels import NarrowCopies
 from megaboat.layers.linear import Linear
 from megaboat.model.block import SeqBoatBlock
-from megaboat.model.memory import BUCKET, BUCKET_3
 from megaboat.model.seqboat import SeqBoat
 from megaboat.parallel import exchange, sequence, tensor
 
@@ -135,7 +135,7 @@ class Engine:
         self.names = dict(model.named_parameters())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._norm: Tensor | None = None  # of the gradients as they are, once it was asked for
-        settings = _settings(config, micro_steps, self.stage)
+        settings = engine_settings(config, micro_steps, self.stage)
         if self.stage == 3:
             # Before `initialize`, which would print every whole parameter into a message that nobody reads.
             deepspeed.zero.Init(model, ranks.replica_group, config_dict_or_path=settings, dtype=torch.float32)
@@ -377,34 +377,3 @@ def _own_slice(parameter: nn.Parameter, value: Tensor) -> Tensor:
     rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
     mine = value.flatten()[rank * size : (rank + 1) * size]
     return nn.functional.pad(mine, (0, size - len(mine))).to(parameter.ds_tensor.device)  # type: ignore[attr-defined]
-
-
-def _settings(config: RunConfig, micro_steps: int, stage: int) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": config.optim.clip if stage else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": BUCKET if stage < 3 else BUCKET_3,
-            # It would put a slower product in the place of torch's, for the whole process.
-            "memory_efficient_linear": False,
-            "offload_optimizer": {
-                "device": "cpu" if config.parallel.offload == "optimizer" else "none",
-                "pin_memory": True,
-            },
-        },
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
-        # Its stopwatch would hold the host until the device is idle, before each micro-batch and after it.
-        "timers": {"throughput": {"enabled": False}},
-        "torch_autocast": {
-            "enabled": config.train.precision == "bf16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [
-                "torch.nn.Linear",
-                "megaboat.layers.linear.Linear",
-                "megaboat.parallel.tensor.RowParallelLinear",
-            ],
-        },
-    }

@@ -57,7 +57,7 @@ def test_equals_one_process(one_process: Trace, tmp_path: Path, layout: Layout) 
 
 def train_in_small_pieces(ranks: Ranks, config: RunConfig) -> Trace:
     """`train` with thresholds at which even this model's weights are released, fetched ahead and reduced in parts."""
-    whole = deepspeed._settings
+    whole = deepspeed.engine_settings
 
     def small(*arguments: Any) -> dict[str, Any]:
         settings = whole(*arguments)
@@ -69,7 +69,7 @@ def train_in_small_pieces(ranks: Ranks, config: RunConfig) -> Trace:
         }
         return settings
 
-    deepspeed._settings = small  # the process is this rank's own
+    deepspeed.engine_settings = small  # the process is this rank's own
     return train(ranks, config)
 
 
