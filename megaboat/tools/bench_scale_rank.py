@@ -226,10 +226,10 @@ def _checkpoints(engine: Engine, config: RunConfig, ranks: Ranks, disk: Path) ->
     weights, moments = engine.outlines()
     writer.prepare([*weights, *engine.module.named_buffers()], moments)
     found = {"step_beside_preparing": max(step() for _ in range(PREPARING_STEPS))}
-    for turn in ("first", "second"):
+    for number, turn in enumerate(("first", "second"), 1):
         ranks.barrier()
         started = time.perf_counter()
-        folder = writer.save(_named(engine), engine.moments(), {"step": len(found)})
+        folder = writer.save(_named(engine), engine.moments(), {"step": number})
         blocked = time.perf_counter()
         beside = step()
         writer.wait()
