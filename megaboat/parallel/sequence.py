@@ -28,12 +28,13 @@ from megaboat.parallel.collectives import add_up, stack_ranks
 def join(model: SeqBoat, group: dist.ProcessGroup) -> None:
     """From now on the rows that this rank reads are its pieces of the rows of `group`."""
     for module in model.modules():
-        if isinstance(module, DampedEMA):
-            module.arrive = partial(arriving_state, group=group)
-        elif isinstance(module, GatedAttentionUnit):
-            module.recall = partial(earlier_rows, window=module.window, group=group)
-        elif isinstance(module, SparseModularActivation):
-            module.spare_rows = False
+        match module:
+            case DampedEMA():
+                module.arrive = partial(arriving_state, group=group)
+            case GatedAttentionUnit():
+                module.recall = partial(earlier_rows, window=module.window, group=group)
+            case SparseModularActivation():
+                module.spare_rows = False
 
 
 class Traffic(NamedTuple):
