@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megaboat.kernels.linear import joint_linear, linear, mixes
 from megaboat.kernels.recompute import later, offer
 
 
@@ -26,3 +27,15 @@ def _silu_gate(a: Tensor, b: Tensor) -> Tensor:
 
         return silu_gate_triton(a, b)
     return torch.nn.functional.silu(a) * b
+
+
+def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
+    """SiLU(gate x) * up x by two linear maps: (..., D) -> (..., F)."""
+    if mixes(x, gate_FD):
+        from megaboat.kernels.gate_triton import silu_halves_triton
+
+        product = joint_linear(x, [gate_FD, up_FD])
+        out, again = silu_halves_triton(product), later(product)
+        offer(out, lambda: silu_halves_triton(again()))
+        return out
+    return silu_gate(linear(x, gate_FD), linear(x, up_FD))

@@ -4,7 +4,7 @@ Autocast would round the gradient of a weight to bf16 and cast it back, and torc
 the memory's speed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_copies: ContextVar[Mapping[int, Tensor] | None] = ContextVar("copies", default=None)  # by the id of the wide tensor
+_copies: ContextVar["NarrowCopies | None"] = ContextVar("copies", default=None)
 
 
 class NarrowCopies:
@@ -24,7 +24,8 @@ class NarrowCopies:
     def __init__(self, wide: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._wide = [tensor.detach() for tensor in wide]
         self._narrow = [torch.empty_like(tensor, dtype=dtype) for tensor in self._wide]
-        self._by_id = {id(tensor): narrow for tensor, narrow in zip(wide, self._narrow, strict=True)}
+        self._places = {id(tensor): i for i, tensor in enumerate(wide)}
+        self._joint: dict[tuple[int, ...], Tensor] = {}
 
     def refresh(self) -> None:
         """Copy again, after the parameters have changed and before the next forward pass."""
@@ -33,37 +34,67 @@ class NarrowCopies:
     @contextmanager
     def used(self) -> Iterator[None]:
         """Maps that are called here take the copies."""
-        token = _copies.set(self._by_id)
+        token = _copies.set(self)
         try:
             yield
         finally:
             _copies.reset(token)
 
+    def of(self, wide: Sequence[Tensor]) -> Tensor | None:
+        """The copy of a parameter, or of several one below the other; None where one of them has none."""
+        places = tuple(self._places.get(id(tensor), -1) for tensor in wide)
+        if -1 in places:
+            return None
+        if len(places) == 1:
+            return self._narrow[places[0]]
+        if places not in self._joint:  # asked for the first time: from now on they are parts of one tensor
+            joint = self._joint[places] = torch.cat([self._narrow[i] for i in places])
+            for i, part in zip(places, joint.split([len(tensor) for tensor in wide]), strict=True):
+                self._narrow[i] = part
+        return self._joint[places]
+
 
 def linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: (..., D) -> (..., E). x in bf16 or fp16 meets fp32 parameters in its own dtype."""
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight_ED.dtype == torch.float32:
+    if mixes(x, weight_ED):
         return mixed_linear(x, weight_ED, bias_E)
     return F.linear(x, weight_ED, bias_E)
 
 
-def mixed_linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+def mixes(x: Tensor, weight_ED: Tensor) -> bool:
+    """Whether their product is one of narrow x and fp32 parameters on a GPU."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight_ED.dtype == torch.float32
+
+
+def mixed_linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """`linear` for x in bf16 or fp16 and fp32 parameters, on any device."""
-    return _MixedLinear.apply(x, weight_ED, bias_E, _narrow(weight_ED, x.dtype), _narrow(bias_E, x.dtype))
+    return joint_linear(x, [weight_ED], [] if bias_E is None else [bias_E])
 
 
-def _narrow(wide: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if wide is None:
-        return None
-    narrow = (_copies.get() or {}).get(id(wide))
-    return wide.detach().to(dtype) if narrow is None or narrow.dtype != dtype else narrow
+def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
+    """Several `mixed_linear` of one x as one product each way, side by side: (..., D) -> (..., sum of E).
+
+    biases: one for each weight, or none.
+    """
+    narrow_E = _narrow(biases, x.dtype) if biases else None
+    return _MixedLinear.apply(x, _narrow(weights, x.dtype), narrow_E, *weights, *biases)
+
+
+def _narrow(wide: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Parameters in `dtype`, one below the other."""
+    copies = _copies.get()
+    narrow = None if copies is None else copies.of(wide)
+    if narrow is not None and narrow.dtype == dtype:
+        return narrow
+    return (wide[0].detach() if len(wide) == 1 else torch.cat([tensor.detach() for tensor in wide])).to(dtype)
 
 
 class _MixedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_ED, bias_E, narrow_ED, narrow_E):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, narrow_ED, narrow_E, *wide):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, narrow_ED)
-        ctx.has_bias = bias_E is not None
+        ctx.has_bias = narrow_E is not None
+        ctx.rows = [len(tensor) for tensor in wide[: len(wide) // 2 if ctx.has_bias else len(wide)]]
         return F.linear(x, narrow_ED, narrow_E)
 
     @staticmethod
@@ -71,8 +102,12 @@ class _MixedLinear(torch.autograd.Function):
         x, narrow_ED = ctx.saved_tensors
         dout_XE, x_XD = dout.flatten(0, -2).contiguous(), x.flatten(0, -2)
         dx = (dout_XE @ narrow_ED).view_as(x) if ctx.needs_input_grad[0] else None
-        dweight_ED = _wide_product(dout_XE.T, x_XD) if ctx.needs_input_grad[1] else None
-        return dx, dweight_ED, _column_sum(dout_XE) if ctx.has_bias else None, None, None
+        if not any(ctx.needs_input_grad[3:]):
+            return dx, *[None] * (len(ctx.needs_input_grad) - 1)
+        sums = [_wide_product(dout_XE.T, x_XD), *([_column_sum(dout_XE)] if ctx.has_bias else [])]
+        if len(ctx.rows) > 1:
+            sums = [part for each in sums for part in each.split(ctx.rows)]
+        return dx, None, None, *sums
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from megaboat import kernels
 from megaboat.layers.linear import Linear
+from megaboat.layers.precision import to_compute_dtype
 
 
 class FeedForward(nn.Module):
@@ -16,4 +17,4 @@ class FeedForward(nn.Module):
         self.down = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(kernels.silu_gate(self.gate(x), self.up(x)))
+        return self.down(kernels.swiglu(to_compute_dtype(x), self.gate.weight, self.up.weight))

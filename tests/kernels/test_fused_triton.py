@@ -11,7 +11,7 @@ from megaboat.kernels.coefficients import damped_coefficients
 from megaboat.kernels.confidence import confidences
 from megaboat.kernels.fan import SideGradients
 from megaboat.kernels.join import join_rows
-from megaboat.kernels.linear import NarrowCopies, mixed_linear
+from megaboat.kernels.linear import NarrowCopies, joint_linear, mixed_linear
 from megaboat.kernels.norm import layer_norm
 from megaboat.kernels.rotary import rotary_heads, rotary_pair, turns
 from megaboat.kernels.rows import begin_plan, compress, plan_rows
@@ -118,16 +118,38 @@ def test_mixed_linear(X: int, D: int, E: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("X", "widths"), [(1, (5, 2)), (300, (300, 20, 40)), (0, (2, 3))])
+def test_joint_linear(X: int, widths: tuple[int, ...], biased: bool, device: str) -> None:
+    inputs = {"x": random(X, 8)} | {f"weight_{i}": random(E, 8) for i, E in enumerate(widths)}
+    if biased:
+        inputs |= {f"bias_{i}": random(E) for i, E in enumerate(widths)}
+
+    def fused(x: Tensor, **wide: Tensor) -> Tensor:
+        maps = list(wide.values())
+        return joint_linear(x, maps[: len(widths)], maps[len(widths) :])
+
+    def plain(x: Tensor, **wide: Tensor) -> Tensor:
+        weight, bias = (torch.cat(part).to(x.dtype) for part in (list(wide.values())[: len(widths)], biases(x, wide)))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def biases(x: Tensor, wide: dict[str, Tensor]) -> list[Tensor]:
+        return list(wide.values())[len(widths) :] or [x.new_zeros(sum(widths))]
+
+    check(fused, plain, inputs, torch.bfloat16, device, frozenset(inputs) - {"x"})
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_narrow_copies_change_nothing(device: str) -> None:
     """The same bits as without, from weights that have changed too."""
-    weight, bias = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((5, 8), (5,)))
+    weight, bias, other = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((5, 8), (5,), (4, 8)))
     x = torch.randn(3, 8, device=device).bfloat16().requires_grad_()
 
     def step() -> list[Tensor]:
-        out = mixed_linear(x, weight, bias)
-        return [out.detach(), *torch.autograd.grad(out, (x, weight, bias), torch.ones_like(out))]
+        out = torch.cat([mixed_linear(x, weight, bias), joint_linear(x, [other, weight])], 1)
+        return [out.detach(), *torch.autograd.grad(out, (x, weight, bias, other), torch.ones_like(out))]
 
-    copies = NarrowCopies([weight, bias], torch.bfloat16)
+    copies = NarrowCopies([weight, bias, other], torch.bfloat16)
     for _ in range(2):
         copies.refresh()
         alone = step()
@@ -253,6 +275,19 @@ def test_silu_gate(size: int, dtype: torch.dtype, device: str) -> None:
     inputs = {"a": 3 * random(size), "b": random(size)}
     check(gate_triton.silu_gate_triton, lambda a, b: torch.nn.functional.silu(a) * b, inputs, dtype, device,
           frozenset())  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("X", "E"), [(0, 4), (3, 5), (40, 600)])
+def test_silu_gate_of_rows_that_lie_apart(X: int, E: int, dtype: torch.dtype, device: str) -> None:
+    """Halves of one tensor, and the first of three with one that is by itself."""
+    inputs = {"ab": 3 * random(1, X, 2 * E)}
+    plain = lambda ab: torch.nn.functional.silu(ab[..., :E]) * ab[..., E:]  # noqa: E731
+    check(gate_triton.silu_halves_triton, plain, inputs, dtype, device, frozenset())
+    inputs = {"a": 3 * random(X, 3 * E), "b": random(X, E)}
+    check(lambda a, b: gate_triton.silu_gate_triton(a[:, E : 2 * E], b),
+          lambda a, b: torch.nn.functional.silu(a[:, E : 2 * E]) * b, inputs, dtype, device, frozenset())  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)
