@@ -5,7 +5,7 @@ from megaboat.kernels.coefficients import damped_coefficients
 from megaboat.kernels.confidence import confidences
 from megaboat.kernels.ema import ema
 from megaboat.kernels.fan import SideGradients, fan_out, side_gradients
-from megaboat.kernels.gate import silu, silu_gate, swiglu
+from megaboat.kernels.gate import silu, silu_gate, silu_maps, swiglu
 from megaboat.kernels.join import join_rows
 from megaboat.kernels.linear import NarrowCopies, linear
 from megaboat.kernels.loss import linear_cross_entropy, token_nll
@@ -47,6 +47,7 @@ __all__ = [
     "side_gradients",
     "silu",
     "silu_gate",
+    "silu_maps",
     "swiglu",
     "token_nll",
     "windowed_attention",

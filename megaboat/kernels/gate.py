@@ -39,3 +39,22 @@ def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
         offer(out, lambda: silu_halves_triton(again()))
         return out
     return silu_gate(linear(x, gate_FD), linear(x, up_FD))
+
+
+Map = tuple[Tensor, Tensor]
+"""Weight (E, D) and bias (E,) of a linear map."""
+
+
+def silu_maps(x_XD: Tensor, first: Map, second: Map, plain: Map) -> tuple[Tensor, Tensor, Tensor]:
+    """SiLU of two linear maps of x, and a third map by itself: (X, E) each. On GPUs the third's rows may lie apart."""
+    maps = (first, second, plain)
+    if mixes(x_XD, first[0]):
+        from megaboat.kernels.gate_triton import silu_parts_triton
+
+        widths = [len(bias) for _, bias in maps]
+        product = joint_linear(x_XD, [weight for weight, _ in maps], [bias for _, bias in maps])
+        parts, again = silu_parts_triton(product, widths), later(product)
+        offer(parts[0], lambda: silu_parts_triton(again(), widths)[0])
+        return parts
+    a, b, c = (linear(x_XD, weight, bias) for weight, bias in maps)
+    return silu(a), torch.nn.functional.silu(b), c

@@ -3,6 +3,8 @@
 Rows may lie apart, as those of one map's outputs beside another's do (`linear.joint_linear`).
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,11 @@ def silu_gate_triton(a: Tensor, b: Tensor) -> Tensor:
 def silu_halves_triton(ab: Tensor) -> Tensor:
     """`silu_gate_triton` of the last dimension's halves: (..., 2 E) -> (..., E). Their gradient is one tensor too."""
     return _SiluHalves.apply(ab)
+
+
+def silu_parts_triton(x_XW: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Three parts of each row, SiLU of the first two and the third in its place. The gradient is one tensor."""
+    return _SiluParts.apply(x_XW, *widths)
 
 
 class _SiluGate(torch.autograd.Function):
@@ -50,6 +57,29 @@ class _SiluHalves(torch.autograd.Function):
         (a_XE, b_XE), (da_XE, db_XE) = _rows(ab).chunk(2, 1), _rows(dab).chunk(2, 1)
         _gate_back(a_XE, b_XE, _rows(dout), da_XE, db_XE)
         return dab
+
+
+class _SiluParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_XW, A, B, C):  # type: ignore[no-untyped-def]
+        x_XW = x_XW.contiguous()
+        ctx.save_for_backward(x_XW)
+        X = len(x_XW)
+        a_XA, b_XB = x_XW.new_empty(X, A), x_XW.new_empty(X, B)
+        if X > 0:
+            grid, block = blocks(X, A + B)
+            parts_fwd_kernel[grid](x_XW, a_XA, b_XB, X, A, B, C, *block)
+        return a_XA, b_XB, x_XW[:, A + B :]
+
+    @staticmethod
+    def backward(ctx, da_XA, db_XB, dc_XC):  # type: ignore[no-untyped-def]
+        (x_XW,) = ctx.saved_tensors
+        dx_XW = torch.empty_like(x_XW)
+        if len(x_XW) > 0:
+            grid, block = blocks(*x_XW.shape)
+            parts = [part.contiguous() for part in (da_XA, db_XB, dc_XC)]
+            parts_bwd_kernel[grid](x_XW, *parts, dx_XW, len(x_XW), *(part.shape[1] for part in parts), *block)
+        return dx_XW, None, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -109,3 +139,26 @@ def gate_bwd_kernel(  # type: ignore[no-untyped-def]
     b_slope = b_sigmoid * (1 + b_a * (1 - b_sigmoid))
     tl.store(da + o_x * stride_da + o_e, (b_dout * b_b * b_slope).to(da.dtype.element_ty), mask=m)
     tl.store(db + o_x * stride_db + o_e, (b_dout * b_a * b_sigmoid).to(db.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def parts_fwd_kernel(x, a, b, X, A, B, C, BX: tl.constexpr, BE: tl.constexpr):  # type: ignore[no-untyped-def]
+    o_x, o_e, m = tile(X, A + B, BX, BE)
+    b_x = tl.load(x + o_x * (A + B + C) + o_e, mask=m, other=0.0).to(tl.float32)
+    b_silu = (b_x * tl.sigmoid(b_x)).to(a.dtype.element_ty)
+    tl.store(a + o_x * A + o_e, b_silu, mask=m & (o_e < A))
+    tl.store(b + o_x * B + o_e - A, b_silu, mask=m & (o_e >= A))
+
+
+@triton.jit
+def parts_bwd_kernel(x, da, db, dc, dx, X, A, B, C, BX: tl.constexpr, BE: tl.constexpr):  # type: ignore[no-untyped-def]
+    o_x, o_e, m = tile(X, A + B + C, BX, BE)
+    in_c = o_e >= A + B
+    b_d = tl.load(da + o_x * A + o_e, mask=m & (o_e < A), other=0.0).to(tl.float32)
+    b_d += tl.load(db + o_x * B + o_e - A, mask=m & (o_e >= A) & (o_e < A + B), other=0.0).to(tl.float32)
+    b_d += tl.load(dc + o_x * C + o_e - A - B, mask=m & in_c, other=0.0).to(tl.float32)
+    o = o_x * (A + B + C) + o_e
+    b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+    b_sigmoid = tl.sigmoid(b_x)
+    b_d *= tl.where(in_c, 1.0, b_sigmoid * (1 + b_x * (1 - b_sigmoid)))
+    tl.store(dx + o, b_d.to(dx.dtype.element_ty), mask=m)

@@ -11,6 +11,7 @@ from megaboat.kernels import ActiveRows
 from megaboat.layers.documents import Documents
 from megaboat.layers.linear import Linear
 from megaboat.layers.memory import WorkingMemory
+from megaboat.layers.precision import to_compute_dtype
 
 
 class GatedAttentionUnit(nn.Module):
@@ -40,10 +41,8 @@ class GatedAttentionUnit(nn.Module):
 
     def forward(self, h_RD: Tensor, rows: ActiveRows, docs: Documents, memory: WorkingMemory | None = None) -> Tensor:
         """(R, D) -> (R, D). Runs on zero rows too, so that its parameters are always in the autograd graph."""
-        for_z_RD, for_v_RD, for_r_RD = kernels.fan_out(h_RD, 3)
-        # The two large products first: the device works on them while the host launches the many small passes after.
-        v_RE, r_RE = kernels.silu(self.v(for_v_RD)), self.r(for_r_RD)
-        z_RZ = F.silu(self.z(for_z_RD))
+        v, z, r = ((each.weight, each.bias) for each in (self.v, self.z, self.r))
+        v_RE, z_RZ, r_RE = kernels.silu_maps(to_compute_dtype(h_RD), v, z, r)
         positions_R = docs.positions_BT.reshape(-1)[rows.token_R]
         if self.recall is not None:
             memory = self.recall(z_RZ, v_RE, positions_R, rows, docs)

@@ -292,6 +292,18 @@ def test_silu_gate_of_rows_that_lie_apart(X: int, E: int, dtype: torch.dtype, de
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("X", "widths"), [(0, (2, 1, 3)), (3, (5, 2, 1)), (40, (600, 40, 700))])
+def test_silu_parts(X: int, widths: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    def plain(x: Tensor) -> Tensor:
+        a, b, c = x.split(widths, 1)
+        return torch.cat([torch.nn.functional.silu(a), torch.nn.functional.silu(b), c], 1)
+
+    fused = lambda x: torch.cat(gate_triton.silu_parts_triton(x, widths), 1)  # noqa: E731
+    check(fused, plain, {"x": 3 * random(X, sum(widths))}, dtype, device, frozenset())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("R", "G", "Z"), [(1, 1, 2), (70, 3, 12), (33, 1, 128), (0, 2, 4)])
 def test_rotary_heads(R: int, G: int, Z: int, dtype: torch.dtype, device: str) -> None:
     positions_R = torch.randint(1_000_000, (R,))
