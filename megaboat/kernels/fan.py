@@ -15,7 +15,7 @@ class SideGradients:
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(dy_RD, row_X): row row_X[x] of the first, where that is not -1."""
     thin: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(dm_XM, weight_MD): the product of both."""
+    """(dm_XM, weight_KD): the product of the first with the differences of the second, see `margin.margins`."""
 
 
 def side_gradients(x: Tensor) -> SideGradients | None:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megaboat.kernels.fan import SideGradients
+from megaboat.kernels.margin_triton import load_difference
 from megaboat.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 2048
@@ -45,11 +46,11 @@ def meet_triton(dense: Tensor | None, rows: tuple[Tensor, Tensor] | None, thin: 
     X, D = len((rows or thin or (None, None))[1 if rows else 0]), like.shape[-1]  # type: ignore[arg-type]
     dense_XD = None if dense is None else dense.contiguous()
     dy_RD, row_X = (None, None) if rows is None else (rows[0].contiguous(), rows[1])
-    dm_XM, weight_MD = (None, None) if thin is None else (thin[0].contiguous(), thin[1].contiguous())
+    dm_XM, weight_KD = (None, None) if thin is None else (thin[0].contiguous(), thin[1].contiguous())
     out_XD = like.new_empty(X, D)
     if X > 0:
         meet_kernel[(cdiv(X, TOKENS),)](
-            dense_XD, dy_RD, row_X, dm_XM, weight_MD, out_XD, X, D, 0 if weight_MD is None else len(weight_MD),
+            dense_XD, dy_RD, row_X, dm_XM, weight_KD, out_XD, X, D, 0 if dm_XM is None else dm_XM.shape[1],
             dense is not None, rows is not None, TOKENS, next_power_of_2(D), num_warps=8,
         )  # fmt: skip
     return out_XD
@@ -97,6 +98,6 @@ def meet_kernel(  # type: ignore[no-untyped-def]
         b_sum += tl.load(dy + i_r[:, None] * D + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)
     for m in tl.static_range(M):
         b_dm = tl.load(dm + o_x * M + m, mask=m_x, other=0.0).to(tl.float32)
-        b_weight = tl.load(weight + m * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_weight = load_difference(weight, m, D, o_d, m_d)
         b_sum += b_dm[:, None] * b_weight[None, :]
     tl.store(out + o_xd, b_sum.to(out.dtype.element_ty), mask=m_xd)

@@ -7,14 +7,19 @@ from megaboat.kernels.fan import SideGradients
 
 
 def margins(
-    h_XD: Tensor, center_D: Tensor, weight_MD: Tensor, bias_M: Tensor, side: SideGradients | None = None
+    h_XD: Tensor, center_D: Tensor, weight_KD: Tensor, bias_K: Tensor, side: SideGradients | None = None
 ) -> Tensor:
-    """(h - center) . weight_m + bias_m in fp32 (fp64 for fp64 parameters): (X, M), whatever the dtype of h.
+    """Of K = 2 M logits u = weight (h - center) + bias each second less the one before it: (X, M), in fp32 whatever the
+    dtype of h (fp64 for fp64 parameters).
 
     `side`, on GPUs: where the gradient of h is left.
     """
-    if h_XD.is_cuda and weight_MD.dtype == torch.float32:
+    if h_XD.is_cuda and weight_KD.dtype == torch.float32:
         from megaboat.kernels.margin_triton import margins_triton
 
-        return margins_triton(h_XD, center_D, weight_MD, bias_M, side)
-    return torch.nn.functional.linear(h_XD.to(center_D.dtype) - center_D, weight_MD, bias_M)
+        return margins_triton(h_XD, center_D, weight_KD, bias_K, side)
+    # Not by index, whose gradients are six launches where these are two.
+    skip_MD, activate_MD = weight_KD.unflatten(0, (-1, 2)).unbind(1)
+    skip_M, activate_M = bias_K.unflatten(0, (-1, 2)).unbind(1)
+    h_XD = h_XD.to(center_D.dtype) - center_D
+    return torch.nn.functional.linear(h_XD, activate_MD - skip_MD, activate_M - skip_M)

@@ -19,44 +19,52 @@ TOKENS = 4  # of a program forward: they share the weights
 
 
 def margins_triton(
-    h_XD: Tensor, center_D: Tensor, weight_MD: Tensor, bias_M: Tensor, side: SideGradients | None = None
+    h_XD: Tensor, center_D: Tensor, weight_KD: Tensor, bias_K: Tensor, side: SideGradients | None = None
 ) -> Tensor:
     """`margin.margins` for h in bf16, fp16 or fp32 and fp32 parameters. `center_D` gets no gradient."""
-    return _Margins.apply(h_XD, center_D, weight_MD, bias_M, side)
+    return _Margins.apply(h_XD, center_D, weight_KD, bias_K, side)
 
 
 class _Margins(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_XD, center_D, weight_MD, bias_M, side):
+    def forward(ctx, h_XD, center_D, weight_KD, bias_K, side):
         h_XD = h_XD.contiguous()
-        (X, D), M = h_XD.shape, len(bias_M)
-        weight_MD = weight_MD.contiguous()
+        (X, D), M = h_XD.shape, len(bias_K) // 2
+        weight_KD = weight_KD.contiguous()
         margin_XM = h_XD.new_empty(X, M, dtype=torch.float32)
         if X > 0:
             margin_fwd_kernel[(cdiv(X, TOKENS),)](
-                h_XD, center_D, weight_MD, bias_M, margin_XM, X, D, M, TOKENS, next_power_of_2(D), num_warps=8
+                h_XD, center_D, weight_KD, bias_K, margin_XM, X, D, M, TOKENS, next_power_of_2(D), num_warps=8
             )
-        ctx.save_for_backward(h_XD, center_D, weight_MD)
+        ctx.save_for_backward(h_XD, center_D, weight_KD)
         ctx.side = side
         return margin_XM
 
     @staticmethod
     def backward(ctx, dmargin_XM):
-        h_XD, center_D, weight_MD = ctx.saved_tensors
-        (X, D), M = h_XD.shape, len(weight_MD)
+        h_XD, center_D, weight_KD = ctx.saved_tensors
+        (X, D), K = h_XD.shape, len(weight_KD)
         dmargin_XM = dmargin_XM.contiguous()
         full = ctx.side is None
         dh_XD = torch.empty_like(h_XD) if full else None
         block = next_power_of_2(D)
         programs, warps = share_rows(X, block)
-        partial_PMD = h_XD.new_empty(programs, M, D, dtype=torch.float32)
+        partial = h_XD.new_empty(programs, K * (D + 1), dtype=torch.float32)  # of the weights, then of the biases
         if X > 0:
             margin_bwd_kernel[(programs,)](
-                h_XD, center_D, weight_MD, dmargin_XM, dh_XD, partial_PMD, X, D, M, full, block, num_warps=warps,
+                h_XD, center_D, weight_KD, dmargin_XM, dh_XD, partial, X, D, K // 2, full, block, num_warps=warps,
             )  # fmt: skip
         if not full:
-            ctx.side.thin.append((dmargin_XM, weight_MD))
-        return dh_XD, None, partial_PMD.sum(0), dmargin_XM.sum(0), None
+            ctx.side.thin.append((dmargin_XM, weight_KD))
+        dweight, dbias_K = partial.sum(0).split([K * D, K])
+        return dh_XD, None, dweight.view(K, D), dbias_K, None
+
+
+@triton.jit
+def load_difference(weight, m, D, o_d, m_d):
+    """What decides for module m: its second logit's weights less its first's."""
+    skip = weight + 2 * m * D + o_d
+    return tl.load(skip + D, mask=m_d, other=0.0) - tl.load(skip, mask=m_d, other=0.0)
 
 
 @triton.jit
@@ -67,9 +75,9 @@ def margin_fwd_kernel(h, center, weight, bias, margin, X, D, M: tl.constexpr, BX
     b_h = tl.load(h + o_x[:, None] * D + o_d[None, :], mask=m_x[:, None] & m_d[None, :], other=0.0).to(tl.float32)
     b_h -= tl.load(center + o_d, mask=m_d, other=0.0)[None, :]
     for m in tl.static_range(M):
-        b_weight = tl.load(weight + m * D + o_d, mask=m_d, other=0.0)
-        b_margin = tl.sum(b_h * b_weight[None, :], axis=1) + tl.load(bias + m)
-        tl.store(margin + o_x * M + m, b_margin, mask=m_x)
+        b_weight = load_difference(weight, m, D, o_d, m_d)
+        offset = tl.load(bias + 2 * m + 1) - tl.load(bias + 2 * m)
+        tl.store(margin + o_x * M + m, tl.sum(b_h * b_weight[None, :], axis=1) + offset, mask=m_x)
 
 
 @triton.jit
@@ -83,8 +91,8 @@ def margin_bwd_kernel(
     b_weights = ()
     b_sums = ()
     for m in tl.static_range(M):
-        b_weights = b_weights + (tl.load(weight + m * D + o_d, mask=m_d, other=0.0),)
-        b_sums = b_sums + (tl.zeros([BD], tl.float32),)
+        b_weights = b_weights + (load_difference(weight, m, D, o_d, m_d),)
+        b_sums = b_sums + (tl.zeros([BD], tl.float32), tl.full((), 0.0, tl.float32))
     for i_x in range(i_p, X, tl.num_programs(0)):
         b_h = tl.load(h + i_x * D + o_d, mask=m_d, other=0.0).to(tl.float32) - b_center
         b_dh = tl.zeros([BD], tl.float32)
@@ -92,9 +100,14 @@ def margin_bwd_kernel(
         for m in tl.static_range(M):
             d = tl.load(dmargin + i_x * M + m)
             b_dh += d * b_weights[m]
-            b_new = b_new + (b_sums[m] + d * b_h,)
+            b_new = b_new + (b_sums[2 * m] + d * b_h, b_sums[2 * m + 1] + d)
         b_sums = b_new
         if FULL:
             tl.store(dh + i_x * D + o_d, b_dh.to(dh.dtype.element_ty), mask=m_d)
+    p_weights = partial + i_p * 2 * M * (D + 1)
     for m in tl.static_range(M):
-        tl.store(partial + (i_p * M + m) * D + o_d, b_sums[m], mask=m_d)
+        p_skip, p_bias = p_weights + 2 * m * D + o_d, p_weights + 2 * M * D + 2 * m
+        tl.store(p_skip, -b_sums[2 * m], mask=m_d)
+        tl.store(p_skip + D, b_sums[2 * m], mask=m_d)
+        tl.store(p_bias, -b_sums[2 * m + 1])
+        tl.store(p_bias + 1, b_sums[2 * m + 1])

@@ -12,6 +12,7 @@ from megaboat.kernels.confidence import confidences
 from megaboat.kernels.fan import SideGradients
 from megaboat.kernels.join import join_rows
 from megaboat.kernels.linear import NarrowCopies, joint_linear, mixed_linear
+from megaboat.kernels.margin import margins
 from megaboat.kernels.norm import layer_norm
 from megaboat.kernels.rotary import rotary_heads, rotary_pair, turns
 from megaboat.kernels.rows import begin_plan, compress, plan_rows
@@ -177,13 +178,13 @@ def test_column_sum(X: int, E: int, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize(("X", "D", "M"), [(1, 3, 1), (40, 40, 3), (5, 2000, 2), (0, 4, 1)])
 def test_margins(X: int, D: int, M: int, dtype: torch.dtype, device: str) -> None:
     center_D = random(D).float()
-    inputs = {"h": random(X, D), "weight": random(M, D), "bias": random(M)}
+    inputs = {"h": random(X, D), "weight": random(2 * M, D), "bias": random(2 * M)}
 
     def fused(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return margin_triton.margins_triton(h, center_D.to(h.device), weight, bias)
 
     def plain(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.nn.functional.linear(h.to(weight.dtype) - center_D.to(weight.dtype), weight, bias)
+        return margins(h, center_D.to(weight.dtype), weight, bias)
 
     check(fused, plain, inputs, dtype, device, frozenset({"weight", "bias"}))
 
@@ -220,7 +221,7 @@ def test_gradients_left_aside(
     plans = [plan_rows((torch.rand(X) < share).to(device), torch.tensor([0, X], dtype=torch.int32).to(device))
              for _ in range(2)]  # fmt: skip
     center_D = random(D).float()
-    inputs = {"h": random(X, D), "weight": random(2, D), "bias": random(2)}
+    inputs = {"h": random(X, D), "weight": random(4, D), "bias": random(4)}
 
     def fused(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         side = SideGradients()
@@ -230,8 +231,7 @@ def test_gradients_left_aside(
         return together(next(uses), thin, wide)
 
     def plain(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        centred = h.to(weight.dtype) - center_D.to(weight.device, weight.dtype)
-        thin = [torch.nn.functional.linear(centred, weight, bias)] * 2
+        thin = [margins(h, center_D.to(weight.device, weight.dtype), weight, bias)] * 2
         return together(h, thin, [h[rows.token_R.to(h.device)] for rows in plans])
 
     def together(h: Tensor, thin: list[Tensor], wide: list[Tensor]) -> Tensor:
