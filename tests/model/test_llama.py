@@ -83,8 +83,7 @@ def test_initialize_sets_every_parameter_from_the_seed() -> None:
     for (name, a), b, c in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
         if a.ndim == 2:
-            expected = CONFIG.width**-0.5 if name == "embedding.weight" else 0.02
-            assert a.std().item() == pytest.approx(expected, rel=0.1), name
+            assert a.std().item() == pytest.approx(CONFIG.width**-0.5, rel=0.1), name
             assert not torch.equal(a, c), name
         else:
             assert (a == 1).all(), name
@@ -111,3 +110,14 @@ def test_layers_are_compiled_once_for_any_number_of_documents() -> None:
             nll = model(tokens_BT, pack(rows), tokens_BT).nll
             assert nll is not None
             nll.backward()
+
+
+@torch.no_grad()
+def test_dropout_draws_in_training_only() -> None:
+    model, docs, tokens_BT = build_model(CONFIG.model_copy(update={"dropout": 0.5}), 0), pack([[64]]), text_rows(1, 64)
+    whole = build_model(CONFIG, 0).eval()(tokens_BT, docs).hidden_BTD
+    assert torch.equal(model.eval()(tokens_BT, docs).hidden_BTD, whole)
+    model.train()
+    first, second = (model(tokens_BT, docs).hidden_BTD for _ in range(2))
+    assert not torch.equal(first, whole)
+    assert not torch.equal(first, second)
