@@ -9,7 +9,7 @@ from megaboat.config import Section
 # What the two styles choose where the user did not: `paper` is SeqBoat as published, `scaled` what trains best at size.
 STYLES: dict[str, dict[str, Any]] = {
     "paper": {"value_ratio": 2.0, "ffn_ratio": 0.0, "head_dim": 0, "calibrate": False},
-    "scaled": {"value_ratio": 1.0, "ffn_ratio": 8 / 3, "head_dim": 128, "calibrate": True},
+    "scaled": {"value_ratio": 1.0, "ffn_ratio": 16 / 3, "head_dim": 128, "calibrate": True},
 }
 
 
@@ -33,7 +33,7 @@ class SeqBoatConfig(Section):
     heads: int | None = pydantic.Field(None, gt=0)
     """Score heads with their own scales on the shared z. None: 1 (paper), E / 128 (scaled)."""
     ffn_dim: int | None = pydantic.Field(None, ge=0)
-    """Hidden width of a SwiGLU feed-forward after each block, 0: none. None: 0 (paper), 8/3 x width (scaled)."""
+    """Hidden width of a SwiGLU feed-forward after each block, 0: none. None: 0 (paper), 16/3 x width (scaled)."""
     ssm: Literal["ema", "s4d-real", "s4d-lin", "s5"] = "ema"
     """What every token passes: the published moving average, or to compare it with S4D with as large a state, of real
     poles or of pairs of complex ones (s4d-lin), or S5, with a state of D numbers for all channels together. The last

@@ -56,13 +56,13 @@ Step = Callable[[Engine, RunConfig, Ranks], tuple[float, float | None]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is compared. The defaults are models of 1.02, 1.09 and 1.06 B parameters."""
+    """What is compared. The defaults are models of 1.02, 1.09 and 1.08 B parameters."""
 
     families: dict[str, Config] = dataclasses.field(
         default_factory=lambda: {
             "llama": LlamaConfig(family="llama", vocab_size=32_000, layers=18, width=2048, heads=16, ffn_dim=5632),
             "seqboat": SeqBoatConfig(block="paper", vocab_size=32_000, layers=32, width=2048),
-            "scaled": SeqBoatConfig(block="scaled", vocab_size=32_000, layers=20, width=2048),
+            "scaled": SeqBoatConfig(block="scaled", vocab_size=32_000, layers=12, width=2048),
         }
     )
     lengths: tuple[int, ...] = (2_048, 8_192, 32_768, 131_072)

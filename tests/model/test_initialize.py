@@ -127,8 +127,8 @@ def test_parameters_of_the_published_enwik8_model() -> None:
     ("given", "value_dim", "heads", "ffn_dim", "calibrate"),
     [
         ({"block": "paper", "width": 616}, 1232, 1, 0, False),
-        ({"block": "scaled", "width": 512}, 512, 4, 1408, True),
-        ({"block": "scaled", "width": 64}, 64, 1, 192, True),
+        ({"block": "scaled", "width": 512}, 512, 4, 2752, True),
+        ({"block": "scaled", "width": 64}, 64, 1, 384, True),
         ({"block": "scaled", "width": 512, "ffn_dim": 0, "value_dim": 1024}, 1024, 8, 0, True),
     ],
     ids=["paper", "scaled", "scaled-narrow", "scaled-with-choices"],
