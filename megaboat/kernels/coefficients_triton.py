@@ -24,20 +24,21 @@ class _Coefficients(torch.autograd.Function):
     def forward(ctx, *parameters):
         parameters = [parameter.contiguous() for parameter in parameters]
         ctx.save_for_backward(*parameters)
+        D, N = parameters[0].shape
         decay_DN, weight_DN = torch.empty_like(parameters[0]), torch.empty_like(parameters[0])
-        size, N = decay_DN.numel(), decay_DN.shape[1]
-        coefficients_fwd_kernel[(cdiv(size, BLOCK),)](*parameters, decay_DN, weight_DN, size, N**-0.5, BLOCK)
+        coefficients_fwd_kernel[(cdiv(D * N, BLOCK),)](*parameters, decay_DN, weight_DN, D * N, N**-0.5, BLOCK)
         return decay_DN, weight_DN
 
     @staticmethod
     def backward(ctx, ddecay_DN, dweight_DN):
         parameters = ctx.saved_tensors
-        gradients = [torch.empty_like(parameter) for parameter in parameters]
-        size, N = parameters[0].numel(), parameters[0].shape[1]
-        coefficients_bwd_kernel[(cdiv(size, BLOCK),)](
-            *parameters, ddecay_DN.contiguous(), dweight_DN.contiguous(), *gradients, size, N**-0.5, BLOCK
-        )
-        return tuple(gradients)
+        D, N = parameters[0].shape
+        gradients = parameters[0].new_empty(4, D, N).unbind()
+        coefficients_bwd_kernel[(cdiv(D * N, BLOCK),)](
+            *parameters, ddecay_DN, dweight_DN, *gradients, D * N, N, *ddecay_DN.stride(), *dweight_DN.stride(),
+            N**-0.5, BLOCK,
+        )  # fmt: skip
+        return gradients
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def coefficients_fwd_kernel(smoothing, damping, expansion, projection, decay, we
 @triton.jit
 def coefficients_bwd_kernel(
     smoothing, damping, expansion, projection, ddecay, dweight, dsmoothing, ddamping, dexpansion, dprojection,
-    size, scale, BLOCK: tl.constexpr,
+    size, N, ddecay_d, ddecay_n, dweight_d, dweight_n, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
@@ -61,8 +62,9 @@ def coefficients_bwd_kernel(
     b_d = tl.sigmoid(tl.load(damping + o, mask=m, other=0.0))
     b_expansion = tl.load(expansion + o, mask=m, other=0.0)
     b_projection = tl.load(projection + o, mask=m, other=0.0)
-    b_ddecay = tl.load(ddecay + o, mask=m, other=0.0)
-    b_dweight = tl.load(dweight + o, mask=m, other=0.0) * scale
+    o_d, o_n = o // N, o % N  # gradients come transposed from `ema_bwd`: a copy of each would be a launch more
+    b_ddecay = tl.load(ddecay + o_d * ddecay_d + o_n * ddecay_n, mask=m, other=0.0)
+    b_dweight = tl.load(dweight + o_d * dweight_d + o_n * dweight_n, mask=m, other=0.0) * scale
     b_dp = b_dweight * b_expansion * b_projection - b_ddecay * b_d
     tl.store(dsmoothing + o, b_dp * b_p * (1 - b_p), mask=m)
     tl.store(ddamping + o, -b_ddecay * b_p * b_d * (1 - b_d), mask=m)

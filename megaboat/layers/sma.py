@@ -70,13 +70,14 @@ class SparseModularActivation(nn.Module):
         """
         h_XD = h_BTD.flatten(0, 1)
         y_XD = torch.zeros_like(h_XD) if base_BTD is None else base_BTD.flatten(0, 1)
+        confidences = _columns(routing.confidence_XM)
         last = len(self.units) - 1
         for i, (unit, plan) in enumerate(zip(self.units, plans or self.plan(routing, docs), strict=True)):
             rows = plan.finish() if isinstance(plan, PendingRows) else plan
             memory = memories[i] if memories is not None else None
             out_RD = self.run(unit, kernels.compress(h_XD, rows, side), rows, docs, memory)
             residual_XD = residual_BTD.flatten(0, 1) if residual_BTD is not None and i == last else None
-            y_XD = kernels.join_rows(y_XD, out_RD, routing.confidence_XM[:, i], rows, residual_XD)
+            y_XD = kernels.join_rows(y_XD, out_RD, confidences[i], rows, residual_XD)
         return y_XD.view_as(h_BTD)
 
     def step(self, h_BD: Tensor, routing: Routing, positions_B: Tensor, memories: Sequence[Any]) -> Tensor:
@@ -87,3 +88,8 @@ class SparseModularActivation(nn.Module):
             # Not `where(active, out, 0)`: a number there is copied to the GPU, which a graph's capture forbids.
             y_BD = y_BD + out_BD.masked_fill(~routing.active_XM[:, i, None], 0) * routing.confidence_XM[:, i, None]
         return y_BD.to(h_BD.dtype)
+
+
+def _columns(x_XM: Tensor) -> Sequence[Tensor]:
+    """(X,) for each module. By index, the gradient of each would be two launches; of the only one it is none."""
+    return x_XM.unbind(1) if x_XM.shape[1] > 1 else [x_XM.flatten()]

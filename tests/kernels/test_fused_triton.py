@@ -247,7 +247,13 @@ def test_damped_coefficients(shape: tuple[int, int], device: str) -> None:
     inputs = {name: random(*shape) for name in ("smoothing", "damping", "expansion", "projection")}
 
     def both(function: Callable[..., tuple[Tensor, Tensor]]) -> Function:
-        return lambda **parameters: torch.cat(function(*parameters.values()))
+        """Side by side, of which the gradients are no tensors of their own; the second transposed."""
+
+        def apply(**parameters: Tensor) -> Tensor:
+            decay_DN, weight_DN = function(*parameters.values())
+            return torch.cat([decay_DN, weight_DN.T.reshape(shape)], 1)
+
+        return apply
 
     fused = both(coefficients_triton.damped_coefficients_triton)
     check(fused, both(damped_coefficients), inputs, torch.float32, device, frozenset())
