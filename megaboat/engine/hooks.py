@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -134,21 +135,22 @@ class TensorBoard(Hook):
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def on_step(self, metrics: Metrics) -> None:
-        step = metrics["step"]
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._writer.add_scalar(f"train/{name}", value, step)
-        for layer, ratio in enumerate(metrics["activation_ratio"]):
-            self._writer.add_scalar(f"activation/layer_{layer:02d}", ratio, step)
-        for layer, share in enumerate(metrics["overflow"]):
-            self._writer.add_scalar(f"activation/overflow/layer_{layer:02d}", share, step)
-        for name, value in metrics.get("balance", {}).items():
-            self._writer.add_scalar(f"balance/{name}", value, step)
+        scalars = {
+            f"train/{name}": value
+            for name, value in metrics.items()
+            if isinstance(value, (int, float)) and name != "step"
+        }
+        by_layer = {"activation/": metrics["activation_ratio"], "activation/overflow/": metrics["overflow"]}
         for name, values in metrics.get("layers", {}).items():
             named = {f"{key}/": value for key, value in values.items()} if isinstance(values, dict) else {"": values}
-            for key, by_layer in named.items():
-                for layer, value in enumerate(by_layer):
-                    self._writer.add_scalar(f"act/{name}/{key}layer_{layer:02d}", value, step)
+            by_layer |= {f"act/{name}/{key}": value for key, value in named.items()}
+        scalars |= {
+            f"{name}layer_{i:02d}": value for name, values in by_layer.items() for i, value in enumerate(values)
+        }
+        scalars |= {f"balance/{name}": value for name, value in metrics.get("balance", {}).items()}
+        # One event a step: from the tenth on, each of its own would wait for the thread that writes them.
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()])
+        self._writer.file_writer.add_summary(summary, metrics["step"])  # type: ignore[attr-defined]
 
     def on_layers(self, step: int, sums: LayerSums) -> None:
         for layer, counts_K in enumerate(sums.margins_LMK.sum(1)):
