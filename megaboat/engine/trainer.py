@@ -144,7 +144,8 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch, work: Stopwatch) -> StepSums:
         """Gradients of the mean loss over the targets of all ranks: normalised by the global count, never per rank."""
-        self.engine.train()
+        if not self.engine.module.training:
+            self.engine.train()
         targets = (batch.targets_BT != IGNORE).sum()
         if self.ranks.replicas > 1:  # on one copy it stays with the host, whose number a product takes as it is
             targets = self.ranks.sum(targets.to(self.ranks.device))
