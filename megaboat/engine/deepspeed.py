@@ -119,7 +119,7 @@ class Engine:
             self._cut = tensor.shard(model, self._group)
         if ranks.sequence_group is not None:
             assert isinstance(model, SeqBoat), "as it does sequence parallelism"
-            sequence.join(model, ranks.sequence_group)
+            sequence.join(model, ranks.sequence_group, ranks.tensor)
         if config.balance.exchange > 1:
             assert isinstance(model, SeqBoat), "and an exchange of rows"
             exchange.join(model, ranks.neighbours(config.balance.exchange))

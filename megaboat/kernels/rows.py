@@ -11,6 +11,7 @@ Letters: X tokens of the whole micro-batch (B * T), R active rows, S documents.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,8 @@ class ActiveRows:
     """Capacity mode: int64 (), how many active tokens had no row."""
     spare: int = 0
     """Rows at the end that no token has, zeros and without gradient: they make R one of few numbers."""
+    told: tuple[int, ...] = ()
+    """What else came to the host with the plan's sizes (`begin_plan`)."""
 
     @property
     def count(self) -> int:
@@ -66,7 +69,8 @@ class PendingRows:
     row_X: Tensor
     cu_seqlens: Tensor
     sizes: Tensor
-    """int64 (2,), pinned: active rows and the rows of the longest piece, valid once `arrived` has happened."""
+    """int64 (2 or more,), pinned: active rows, the rows of the longest piece, and what else `begin_plan` was asked to
+    tell; valid once `arrived` has happened."""
     multiple: int
     """R is one of this number."""
     arrived: torch.cuda.Event | None
@@ -75,20 +79,24 @@ class PendingRows:
         """Wait for the sizes; the only place where exact mode holds the host."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        active, longest = self.sizes.tolist()
+        active, longest, *told = self.sizes.tolist()
         R = -(-active // self.multiple) * self.multiple
-        return ActiveRows(self.token_X[:R], self.row_X, self.cu_seqlens, longest, spare=R - active)
+        return ActiveRows(self.token_X[:R], self.row_X, self.cu_seqlens, longest, spare=R - active, told=tuple(told))
 
 
-def begin_plan(active_X: Tensor, cu_seqlens: Tensor, multiple: int = 1) -> PendingRows:
+def begin_plan(
+    active_X: Tensor, cu_seqlens: Tensor, multiple: int = 1, tell: Callable[[Tensor], Tensor] | None = None
+) -> PendingRows:
     """Start packing and the copy of the sizes; do other work on the device, then call `finish`.
 
-    multiple: of what R is one; the rows that are missing to it are spare. A power of two.
+    multiple: of what R is one; the rows that are missing to it are spare. A power of two. tell: takes the two sizes and
+    appends what else the host shall know.
     """
     token_X, row_X, cu_rows, sizes = _place(active_X, cu_seqlens, multiple)
+    sizes = sizes if tell is None else tell(sizes)
     if not active_X.is_cuda:
         return PendingRows(token_X, row_X, cu_rows, sizes, multiple, None)
-    sizes = torch.empty(2, dtype=sizes.dtype, device="cpu", pin_memory=True).copy_(sizes, non_blocking=True)
+    sizes = torch.empty_like(sizes, device="cpu", pin_memory=True).copy_(sizes, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
     return PendingRows(token_X, row_X, cu_rows, sizes, multiple, arrived)

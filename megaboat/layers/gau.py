@@ -44,7 +44,7 @@ class GatedAttentionUnit(nn.Module):
         v, z, r = ((each.weight, each.bias) for each in (self.v, self.z, self.r))
         v_RE, z_RZ, r_RE = kernels.silu_maps(to_compute_dtype(h_RD), v, z, r)
         positions_R = docs.positions_BT.reshape(-1)[rows.token_R]
-        if self.recall is not None:
+        if memory is None and self.recall is not None:
             memory = self.recall(z_RZ, v_RE, positions_R, rows, docs)
         cu_k = None
         if memory is None:

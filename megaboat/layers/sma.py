@@ -5,6 +5,7 @@ y_t = sum_i a_ti c_ti f_i(h)_t        a in {0, 1}: decision    c in (1/2, 1): co
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,8 @@ class SparseModularActivation(nn.Module):
         self.configurator = Configurator(width, len(self.units), arm)
         self.run: Callable[..., Tensor] = operator.call
         """How a unit is called with its arguments: here, or by ranks that share their rows."""
+        self.tell: Callable[..., Tensor] | None = None
+        """What else `run` needs on the host: see `kernels.begin_plan`, given a module's decisions and the documents."""
         self.spare_rows = True
         """Units may be given rows that no token has (`kernels.few_sizes`); not where ranks share rows."""
 
@@ -43,7 +46,11 @@ class SparseModularActivation(nn.Module):
     def plan(self, routing: Routing, docs: Documents, spare_rows: bool = False) -> list[PendingRows]:
         """Start packing each module's rows: their numbers travel to the host while other work is launched."""
         multiple = kernels.few_sizes(routing.active_XM) if spare_rows and self.spare_rows else 1
-        return [kernels.begin_plan(active_X, docs.cu_seqlens, multiple) for active_X in routing.active_XM.unbind(1)]
+        plans = []
+        for active_X in routing.active_XM.unbind(1):
+            tell = self.tell and partial(self.tell, active_X=active_X, docs=docs)
+            plans.append(kernels.begin_plan(active_X, docs.cu_seqlens, multiple, tell))
+        return plans
 
     def plan_within(self, capacity: int, routing: Routing, docs: Documents) -> tuple[Routing, list[ActiveRows]]:
         """So many rows for each module, without a word to the host; tokens that get none count as inactive."""

@@ -1,9 +1,12 @@
-"""Neighbouring ranks compute the active rows of a layer in even parts, whatever each of them activated itself.
+"""Ranks compute the active rows of a layer in even parts, whatever each of them activated itself.
 
-The rows of all ranks of the group, one after the other, are cut into equal parts. A rank gets its part, and before it
-up to W rows of the document that the cut goes through; it runs the unit on them and sends the outputs back to where
-the rows came from. D numbers of each row that moves go there, and D come back, forward and again backward: this is for
-ranks that a fast link joins.
+The rows of all ranks of the group, one after the other, are cut into equal parts. A rank gets its part as the unit's
+inputs, runs the unit and sends the outputs back to where the rows came from; the keys and values of up to W rows before
+a part come from the rank that computed them. D numbers of each row that moves go there, and D come back, forward and
+again backward: this is for ranks that a fast link joins.
+
+Neighbours whose rows are their own share them as `balance.exchange` says; those that hold pieces of the same rows where
+it pays (`parallel.sequence`).
 """
 
 from collections.abc import Callable
@@ -16,105 +19,150 @@ from torch import Tensor
 
 from megaboat.kernels import ActiveRows
 from megaboat.layers.documents import Documents
+from megaboat.layers.memory import KeyRows
 from megaboat.layers.sma import SparseModularActivation
 from megaboat.model.seqboat import SeqBoat
 from megaboat.parallel.collectives import stack_ranks
+from megaboat.parallel.parts import ALWAYS, Move, Parts, Price, Span
 
 Unit = Callable[..., Tensor]
-Pieces = list[tuple[int, int]]
-"""[first, last) for each rank of the group, in its order."""
 
 
-def join(model: SeqBoat, group: dist.ProcessGroup) -> None:
-    """From now on the ranks of `group` share the active rows of each layer; they call the model equally often."""
+def join(model: SeqBoat, group: dist.ProcessGroup, continues: bool = False, price: Price = ALWAYS) -> None:
+    """From now on the ranks of `group` share the active rows of each layer; they call the model equally often.
+
+    continues: their rows are pieces of the same ones. They are shared where it is worth its `price`.
+    """
     for module in model.modules():
         if isinstance(module, SparseModularActivation):
-            module.run = partial(run_evenly, window=model.config.window, group=group)
+            module.tell = partial(tell, group=group)
+            module.run = partial(run_evenly, window=model.config.window, group=group, continues=continues, price=price)
             module.spare_rows = False
 
 
-class Parts(NamedTuple):
-    """Who computes what: ranges of the rows of all ranks, numbered through."""
-
-    own: Pieces
-    """The rows that each rank activated."""
-    even: Pieces
-    """The rows whose output each rank computes."""
-    seen: Pieces
-    """The same with those before them that their queries may attend to. Documents do not reach over ranks."""
-
-    @staticmethod
-    def of(counts: list[int], window: int) -> "Parts":
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        own = [(end - count, end) for count, end in zip(counts, ends, strict=True)]
-        ranks, total = len(counts), ends[-1]
-        even = [(total * r // ranks, total * (r + 1) // ranks) for r in range(ranks)]
-        opening = [max(first for first, last in own if first <= cut) for cut, _ in even]
-        seen = [(max(cut - window, start), end) for (cut, end), start in zip(even, opening, strict=True)]
-        return Parts(own, even, seen)
+def tell(sizes_2: Tensor, active_X: Tensor, docs: Documents, group: dist.ProcessGroup) -> Tensor:
+    """`sizes`, and of every rank: the active rows of each batch row, those of its longest piece, its pieces."""
+    pieces = sizes_2.new_full((1,), len(docs.cu_seqlens) - 1)
+    mine = torch.cat([active_X.view(docs.shape).sum(1), sizes_2[1:], pieces])
+    return torch.cat([sizes_2, stack_ranks(mine, group).flatten()])
 
 
 def run_evenly(
-    unit: Unit, h_RD: Tensor, rows: ActiveRows, docs: Documents, memory: None, window: int, group: dist.ProcessGroup
+    unit: Unit,
+    h_RD: Tensor,
+    rows: ActiveRows,
+    docs: Documents,
+    memory: None,
+    window: int,
+    group: dist.ProcessGroup,
+    continues: bool,
+    price: Price,
 ) -> Tensor:
-    """`unit(h_RD, rows, docs)`, computed by the ranks of `group` in even parts. The host waits for their numbers."""
-    assert memory is None, "rows that continue stay where their memory is"
-    rank = dist.get_rank(group)
-    parts = Parts.of(stack_ranks(torch.tensor([rows.count], device=h_RD.device), group).flatten().tolist(), window)
-    there, here = _common(parts.own[rank], parts.seen), _common(parts.seen[rank], parts.own)
-    start = parts.own[rank][0]
-    lengths_S = rows.cu_seqlens.diff()
-    numbers_S = torch.arange(len(lengths_S), device=h_RD.device)
-    document_R = torch.repeat_interleave(numbers_S, lengths_S, output_size=rows.count)
+    """`unit(h_RD, rows, docs)`, computed by the ranks of `group` in even parts where that is worth it.
+
+    No word to or from the device: `tell` has said what the host must know, and bounds do for the rest.
+    """
+    assert memory is None, "rows that continue in time stay where their memory is"
+    rank, B = dist.get_rank(group), docs.shape[0]
+    told = [list(rows.told[i : i + B + 2]) for i in range(0, len(rows.told), B + 2)]
+    parts = Parts.of([numbers[:B] for numbers in told], window, continues)
+    if not price.worth(parts):
+        return unit(h_RD, rows, docs, None)
+    facts = Move.of(parts.own, parts.seen, rank)
+    sources = [numbers for numbers, spans in zip(told, facts.takes, strict=True) if spans]
+    pieces, longest = sum(numbers[-1] for numbers in sources), sum(numbers[-2] for numbers in sources)
+    facts_K2 = _move(_facts(rows, docs, rank, continues), facts, group)
+    border = Move.of(parts.even, parts.before, rank)
+    part = _as_part(facts_K2, border, max(1, pieces), longest, group)
+    part_RD = _Exchange.apply(h_RD, Move.of(parts.own, parts.even, rank), group)
+    return _Exchange.apply(unit(part_RD, *part), Move.of(parts.even, parts.own, rank), group)
+
+
+class Border(NamedTuple):
+    """In the place of a working memory: the rows before a part, from the ranks that compute them in this very call."""
+
+    positions_K: Tensor
+    """Of these and the part's own rows."""
+    cu_seqlens: Tensor
+    move: Move
+    group: dist.ProcessGroup
+
+    def extend(self, z_RZ: Tensor, v_RE: Tensor, positions_R: Tensor, rows: ActiveRows, docs: Documents) -> KeyRows:
+        """As `WorkingMemory.extend`."""
+        z_KZ, v_KE = (_Extend.apply(x, self.move, self.group) for x in (z_RZ, v_RE))
+        return KeyRows(z_KZ, v_KE, self.positions_K, self.cu_seqlens)
+
+
+def _facts(rows: ActiveRows, docs: Documents, rank: int, continues: bool) -> Tensor:
+    """Of each row (R, 2): a number for its document, the same on all ranks; its position there."""
+    B, T = docs.shape
+    row_R, place_R = rows.token_R // T, rows.token_R % T
     position_R = docs.positions_BT.reshape(-1)[rows.token_R]
-    facts_R2 = torch.stack([document_R + (rank << 32), position_R], 1)
-    sizes = _sizes(there), _sizes(here)
-    facts_K2 = _swap(torch.cat([facts_R2[first - start : last - start] for first, last in there]), *sizes, group)
-    sent = torch.cat([h_RD[first - start : last - start] for first, last in there])
-    out_KD = unit(_Exchange.apply(sent, *sizes, group), *_as_rows(facts_K2))
-    mine = parts.even[rank]
-    out_KD = out_KD[mine[0] - parts.seen[rank][0] :]
-    return _Exchange.apply(
-        out_KD, _sizes(_common(mine, parts.own)), _sizes(_common(parts.own[rank], parts.even)), group
-    )
+    if continues:
+        place_R = place_R + rank * T
+    else:
+        row_R = row_R + rank * B
+    return torch.stack([(row_R << 40) + place_R - position_R, position_R], 1)
 
 
-def _as_rows(facts_K2: Tensor) -> tuple[ActiveRows, Documents]:
-    """K rows as a unit takes them: tokens that are all active. `facts` are their documents and positions in these."""
-    lengths_S = torch.unique_consecutive(facts_K2[:, 0], return_counts=True)[1]
-    borders = torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0 if len(lengths_S) else 1)).int()
-    number_K = torch.arange(len(facts_K2), device=facts_K2.device)
-    longest = int(lengths_S.max()) if len(lengths_S) else 0
-    rows = ActiveRows(number_K, number_K, borders, longest)
-    first_1K = torch.zeros(1, len(number_K), dtype=torch.bool, device=number_K.device)
-    return rows, Documents(first_1K, facts_K2[None, :, 1], borders)
+def _as_part(
+    facts_K2: Tensor, border: Move, pieces: int, longest: int, group: dist.ProcessGroup
+) -> tuple[ActiveRows, Documents, Border]:
+    """The rows of a part and those before it as a unit takes them: tokens that are all active.
+
+    pieces, longest: bounds for documents and for the rows of one of them.
+    """
+    document_K, positions_K = facts_K2.unbind(1)
+    changes_K = torch.zeros_like(document_K)
+    changes_K[1:] = document_K[1:] != document_K[:-1]
+    number_S = torch.arange(pieces + 1, device=facts_K2.device)
+    cu_k = torch.searchsorted(changes_K.cumsum(0), number_S).int()
+    cu_q = (cu_k - border.rows).clamp_min(0)
+    token_R = torch.arange(len(facts_K2) - border.rows, device=facts_K2.device)
+    rows = ActiveRows(token_R, token_R, cu_q, min(longest, len(token_R)))
+    first_1R = torch.zeros(1, len(token_R), dtype=torch.bool, device=token_R.device)
+    docs = Documents(first_1R, positions_K[None, border.rows :], cu_q)
+    return rows, docs, Border(positions_K, cu_k, border, group)
 
 
-def _common(one: tuple[int, int], others: Pieces) -> Pieces:
-    """What `one` and each of the others have in common; an empty piece lies inside `one`."""
-    firsts = [min(max(one[0], first), one[1]) for first, _ in others]
-    return [(first, max(first, min(one[1], last))) for first, (_, last) in zip(firsts, others, strict=True)]
+def _move(x: Tensor, move: Move, group: dist.ProcessGroup, onto: Tensor | None = None) -> Tensor:
+    """The rows that come to this rank, added to what lies where they are to lie, in `onto` if given."""
+    sent = torch.cat([x[:0], *(x[first:last] for spans in move.sends for first, last in spans)])
+    places = [span for spans in move.takes for span in spans]
+    taken = x.new_empty(sum(last - first for first, last in places), *x.shape[1:])
+    dist.all_to_all_single(taken, sent, _sizes(move.takes), _sizes(move.sends), group=group)
+    out = x.new_zeros(move.rows, *x.shape[1:]) if onto is None else onto
+    for (first, last), rows in zip(places, taken.split([last - first for first, last in places]), strict=True):
+        out[first:last] += rows
+    return out
 
 
-def _sizes(pieces: Pieces) -> list[int]:
-    return [last - first for first, last in pieces]
-
-
-def _swap(x: Tensor, sizes_to: list[int], sizes_from: list[int], group: dist.ProcessGroup) -> Tensor:
-    """The rows that the ranks sent to this one, in the order of ranks. Not differentiable."""
-    received = x.new_empty(sum(sizes_from), *x.shape[1:])
-    dist.all_to_all_single(received, x.contiguous(), sizes_from, sizes_to, group=group)
-    return received
+def _sizes(spans_S: list[list[Span]]) -> list[int]:
+    return [sum(last - first for first, last in spans) for spans in spans_S]
 
 
 class _Exchange(torch.autograd.Function):
     """Rows to other ranks; gradients go the way back."""
 
     @staticmethod
-    def forward(ctx, x, sizes_to, sizes_from, group):  # type: ignore[no-untyped-def]
-        ctx.way_back = sizes_from, sizes_to, group
-        return _swap(x, sizes_to, sizes_from, group)
+    def forward(ctx, x, move, group):  # type: ignore[no-untyped-def]
+        ctx.back, ctx.group = move.back(len(x)), group
+        return _move(x, move, group)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return _swap(dy, *ctx.way_back), None, None, None
+        return _move(dy, ctx.back, ctx.group), None, None
+
+
+class _Extend(torch.autograd.Function):
+    """Rows of other ranks in front of a rank's own, which stay: not `cat` of an exchange, whose gradients autograd
+    would fill up with zeros to the length of x and add."""
+
+    @staticmethod
+    def forward(ctx, x, move, group):  # type: ignore[no-untyped-def]
+        ctx.back, ctx.group, ctx.before = move.back(len(x)), group, move.rows
+        return torch.cat([_move(x, move, group), x])
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return _move(dy[: ctx.before], ctx.back, ctx.group, dy[ctx.before :].clone()), None, None

@@ -1,11 +1,15 @@
 """Sequence parallelism: a row is cut into equal pieces, one a rank; the model is whole on every rank.
 
-Only two things cross a border, in each layer: the EMA's state (D x N) and the last W activated rows before the
+Only two things must cross a border, in each layer: the EMA's state (D x N) and the last W activated rows before the
 attention's affine maps (Z + E numbers each). Every rank gathers those of all pieces and takes what lies before its own,
 which may come from several pieces back where few tokens are activated. Decisions, norms and linear maps see one token.
 `traffic` counts the bytes: they do not depend on the row's length.
+
+Pieces are equal in tokens and may be uneven in active rows. In a layer where moving rows takes less time than waiting
+for the piece with the most, `exchange` computes them in even parts.
 """
 
+import socket
 from functools import partial
 from typing import NamedTuple
 
@@ -19,22 +23,29 @@ from megaboat.layers.documents import Documents
 from megaboat.layers.ema import DampedEMA
 from megaboat.layers.gau import GatedAttentionUnit
 from megaboat.layers.memory import KeyRows, WorkingMemory
-from megaboat.layers.sma import SparseModularActivation
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.seqboat import SeqBoat
+from megaboat.parallel import exchange
 from megaboat.parallel.collectives import add_up, stack_ranks
+from megaboat.parallel.parts import Price
 
 
-def join(model: SeqBoat, group: dist.ProcessGroup) -> None:
-    """From now on the rows that this rank reads are its pieces of the rows of `group`."""
+def join(model: SeqBoat, group: dist.ProcessGroup, tensor: int = 1, price: Price | None = None) -> None:
+    """From now on the rows that this rank reads are its pieces of the rows of `group`.
+
+    `tensor` ranks hold a copy of the model together. `price`: what decides whether a layer's active rows are computed
+    in even parts; None: that of the group's links.
+    """
+    hosts = [""] * dist.get_world_size(group)
+    dist.all_gather_object(hosts, socket.gethostname(), group=group)
+    price = price or Price.of(model.config, tensor, near=len(set(hosts)) == 1)
     for module in model.modules():
         match module:
             case DampedEMA():
                 module.arrive = partial(arriving_state, group=group)
             case GatedAttentionUnit():
                 module.recall = partial(earlier_rows, window=module.window, group=group)
-            case SparseModularActivation():
-                module.spare_rows = False
+    exchange.join(model, group, continues=True, price=price)
 
 
 class Traffic(NamedTuple):

@@ -16,6 +16,7 @@ from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
+from megaboat.parallel.parts import ALWAYS
 from tests.distributed import run_on_ranks
 from tests.engine.equality import CHOICES, FORCED_STEPS, RATE, Layout, Trace, difference, pairwise, train
 
@@ -77,6 +78,22 @@ def train_in_small_pieces(ranks: Ranks, config: RunConfig) -> Trace:
 def test_weights_that_come_and_go_are_the_same(one_process: Trace, tmp_path: Path) -> None:
     layout = Layout(2, 1, 3, 2, True)
     found = difference(run_on_ranks(train_in_small_pieces, 2, layout.config(tmp_path)), one_process, layout)
+    assert found.is_none(), found
+
+
+def train_in_even_parts(ranks: Ranks, config: RunConfig) -> Trace:
+    """`train` with pieces of rows that share their active rows in every layer, whatever that costs."""
+    deepspeed.sequence.join = partial(deepspeed.sequence.join, price=ALWAYS)  # the process is this rank's own
+    return train(ranks, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [Layout(1, 1, 2, 2, True, 2), Layout(1, 1, 3, 1, False, 4), Layout(1, 2, 1, 1, True, 2)], ids=str
+)
+def test_even_parts_of_rows_are_the_same(one_process: Trace, tmp_path: Path, layout: Layout) -> None:
+    traces = run_on_ranks(train_in_even_parts, layout.ranks, layout.config(tmp_path))
+    found = difference(traces, one_process, layout)
     assert found.is_none(), found
 
 
