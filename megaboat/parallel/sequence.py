@@ -52,19 +52,22 @@ class Traffic(NamedTuple):
     """Bytes that a rank receives in one layer's forward pass for one row, activations in bf16."""
 
     ours: int
+    even: int
+    """On top of that where a layer's active rows are computed in even parts, if all of a piece's move: there and back."""
     ring: int
     """Ring attention over every token (Liu et al. 2023): keys and values of width D of all other pieces."""
     ulysses: int
     """DeepSpeed-Ulysses (Jacobs et al. 2023): q, k, v and o of width D, from by tokens to by heads and back."""
 
 
-def traffic(config: SeqBoatConfig, tokens: int, sequence: int) -> Traffic:
-    """For a row of `tokens` tokens over `sequence` ranks."""
+def traffic(config: SeqBoatConfig, tokens: int, sequence: int, activation: float = 1.0) -> Traffic:
+    """For a row of `tokens` tokens over `sequence` ranks, of which that share is active."""
     others, piece = sequence - 1, tokens // sequence
     state = 4 * config.width * config.ema_order
     rows = 2 * config.window * (config.qk_dim + (config.value_dim or 0))
     return Traffic(
         ours=others * (state + rows),
+        even=round(2 * 2 * config.width * activation * piece),
         ring=others * piece * 2 * 2 * config.width,
         ulysses=4 * piece * 2 * config.width * others // sequence,
     )

@@ -16,6 +16,7 @@ from megaboat.errors import BadInput
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import training_flops
 from megaboat.model.memory import Memory, Parameters
+from megaboat.parallel.sequence import traffic
 from megaboat.tools.plan_layout import (
     GPUS,
     IMBALANCE,
@@ -57,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(flops_table(config, parameters, activation), end="\n\n")
     print(memory_table(config, counts[0], activation), end="\n\n")
     print(layout_table(config, counts, GPUS[name], activation, name), end="\n\n")
+    if config.parallel.sequence > 1 and isinstance(config.model, SeqBoatConfig):
+        print(border_table(config, config.model, activation), end="\n\n")
     print(assumptions(GPUS[name]))
 
 
@@ -111,6 +114,20 @@ def memory_table(config: RunConfig, gpus: int, activation: float) -> str:
                 f"{zero:<6}{'on' if checkpointing else 'off':<13}{cells}{'  <- as configured' if mine else ''}"
             )
     return "\n".join(lines)
+
+
+def border_table(config: RunConfig, model: SeqBoatConfig, activation: float) -> str:
+    """What a piece of a row receives in each layer, beside what attention over every token would send."""
+    length, sequence = config.data.row_len or config.data.seq_len, config.parallel.sequence
+    found = traffic(model, length, sequence, activation)
+    words = (
+        "at the borders, whatever is active",
+        f"more in a layer that evens out active rows, if all of a piece's move, at activation {activation:g}",
+        "ring attention",
+        "DeepSpeed-Ulysses",
+    )
+    title = f"MB that a GPU receives in a layer's forward pass for a row of {length:,} tokens over {sequence} GPUs"
+    return "\n".join([title, *(f"{size / 1e6:>12,.1f}  {word}" for size, word in zip(found, words, strict=True))])
 
 
 def layout_table(config: RunConfig, counts: list[int], gpu: Gpu, activation: float, name: str) -> str:

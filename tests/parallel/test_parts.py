@@ -66,7 +66,7 @@ def play(held: list[list[int]], have: Holding, want: Holding) -> list[list[int]]
 
 def test_what_is_worth_the_way() -> None:
     """Of 1B parameters, 8 pieces of about 40,000 active rows: on NVLink a fifth too many is, a hundredth is not."""
-    config = SeqBoatConfig(block="scaled", vocab_size=256, layers=1, width=2048, window=1024)
+    config = SeqBoatConfig(block="scaled", vocab_size=256, layers=1, width=2048, value_dim=2048, heads=16)
     near, far = Price.of(config, 1, near=True), Price.of(config, 1, near=False)
     mean = 40_000
     fifth, hundredth = (

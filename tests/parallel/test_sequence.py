@@ -141,6 +141,7 @@ def test_traffic_by_hand() -> None:
     counted = traffic(config, 1 << 20, 4)
     assert counted.ours == 3 * (32 * 4 * 4 + 5 * (8 + 32) * 2)
     assert traffic(config, 1 << 10, 4).ours == counted.ours, "whatever the row's length"
+    assert traffic(config, 1 << 20, 4, 0.5).even == (1 << 17) * 2 * 32 * 2, "half of a piece's inputs and its outputs"
     assert counted.ring == 3 * (1 << 18) * 2 * 32 * 2
     assert counted.ulysses == 4 * (1 << 18) * 32 * 2 * 3 // 4
 

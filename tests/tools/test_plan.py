@@ -107,6 +107,15 @@ def test_an_offloaded_optimizer_leaves_the_gpu_alone(config: RunConfig) -> None:
         assert there.total <= here.total - here.optimizer
 
 
+def test_what_crosses_borders_stands_beside_attention_over_all(capsys: pytest.CaptureFixture[str]) -> None:
+    cut = ["parallel.sequence=4", "data.seq_len=1048576", "model.vocab_size=256", "--gpus", "8", "--activation", "0.5"]
+    assert main(["plan", str(CONFIGS / "1b.yaml"), *cut]) == 0
+    table = capsys.readouterr().out.split("1,048,576 tokens over 4 GPUs\n")[1]
+    borders, even, ring, ulysses = (float(line.split()[0].replace(",", "")) for line in table.splitlines()[:4])
+    assert borders < even / 10
+    assert even < ulysses < ring
+
+
 def test_more_gpus_than_rows_share_rows_or_models(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     layout = recommend(config, 512, GPUS["H200"], 0.4)
     assert layout is not None
