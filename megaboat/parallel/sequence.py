@@ -53,7 +53,7 @@ class Traffic(NamedTuple):
 
     ours: int
     even: int
-    """On top of that where a layer's active rows are computed in even parts, if all of a piece's move: there and back."""
+    """On top of that where a layer computes active rows in even parts, if all of a piece's move: there and back."""
     ring: int
     """Ring attention over every token (Liu et al. 2023): keys and values of width D of all other pieces."""
     ulysses: int
