@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaboat.kernels import gate
 from megaboat.kernels import rows as rows_module
 from megaboat.kernels.coefficients import damped_coefficients
 from megaboat.kernels.confidence import confidences
@@ -14,6 +15,7 @@ from megaboat.kernels.join import join_rows
 from megaboat.kernels.linear import NarrowCopies, joint_linear, mixed_linear
 from megaboat.kernels.margin import margins
 from megaboat.kernels.norm import layer_norm
+from megaboat.kernels.recompute import elementwise
 from megaboat.kernels.rotary import rotary_heads, rotary_pair, turns
 from megaboat.kernels.rows import begin_plan, compress, plan_rows
 from tests.kernels.checks import FLOOR, assert_as_exact_as_torch, outputs_and_gradients
@@ -306,6 +308,35 @@ def test_silu_parts(X: int, widths: tuple[int, ...], dtype: torch.dtype, device:
 
     fused = lambda x: torch.cat(gate_triton.silu_parts_triton(x, widths), 1)  # noqa: E731
     check(fused, plain, {"x": 3 * random(X, sum(widths))}, dtype, device, frozenset())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_maps_that_are_one_product(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same maps by themselves; and the same bits where values and gated products are made again."""
+    monkeypatch.setattr(gate, "mixes", lambda x, _: x.dtype == torch.bfloat16)
+    names = ("v", "v_bias", "z", "z_bias", "r", "r_bias", "gate", "up")
+    shapes = ((24, 8), (24,), (16, 8), (16,), (24, 8), (24,), (40, 8), (40, 8))
+    inputs = {"x": random(30, 8)} | {name: random(*shape) for name, shape in zip(names, shapes, strict=True)}
+
+    def both(x: Tensor, **maps: Tensor) -> Tensor:
+        v, v_bias, z, z_bias, r, r_bias, gate_FD, up_FD = maps.values()
+        a, b, c = gate.silu_maps(x, (v, v_bias), (z, z_bias), (r, r_bias))
+        return torch.cat([a * a, b, gate.silu_gate(c, a), gate.swiglu(x, gate_FD, up_FD).square()], 1)
+
+    def again(x: Tensor, **maps: Tensor) -> Tensor:
+        with elementwise():
+            return both(x, **maps)
+
+    def plain(x: Tensor, **maps: Tensor) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(gate, "mixes", lambda *_: False)
+            return both(x, **{name: each.to(x.dtype) for name, each in maps.items()})
+
+    check(both, plain, inputs, torch.bfloat16, device, frozenset(names))
+    cotangent = [torch.randn(30, 24 + 16 + 24 + 40)]
+    kept, made = (outputs_and_gradients(f, inputs, cotangent, torch.bfloat16, device, frozenset(names))
+                  for f in (both, again))  # fmt: skip
+    assert all(torch.equal(kept[name], made[name]) for name in kept)
 
 
 @pytest.mark.parametrize("device", DEVICES)
