@@ -86,7 +86,11 @@ def _narrow(wide: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     narrow = None if copies is None else copies.of(wide)
     if narrow is not None and narrow.dtype == dtype:
         return narrow
-    return (wide[0].detach() if len(wide) == 1 else torch.cat([tensor.detach() for tensor in wide])).to(dtype)
+    parts = [tensor.detach() for tensor in wide]
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    out = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=dtype, device=parts[0].device)
+    return torch.cat(parts, out=out)  # casts as it copies
 
 
 class _MixedLinear(torch.autograd.Function):
