@@ -1,9 +1,7 @@
-"""Runs as tests start them: on ranks of this process tree, and as the command that a user types."""
+"""Runs as tests start them and look at them."""
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -35,22 +33,11 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def start_command(*arguments: str) -> "subprocess.Popen[str]":
-    """`megaboat ARGUMENTS` as a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megaboat", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(command: "subprocess.Popen[str]", code: int = 0) -> str:
-    """Wait for the command to end with `code`; what it said on standard error. The limit is for a hang alone."""
-    _, messages = command.communicate(timeout=600)
-    assert command.returncode == code, messages
+def ended(process: BaseProcess, folder: Path, code: int = 0, rank: int = 0, seconds: float = 600.0) -> str:
+    """Wait for a rank of `start_commands` to end with `code`; what it has printed. The limit is for a hang alone."""
+    process.join(seconds)
+    messages = (folder / f"rank-{rank}.log").read_text()
+    assert process.exitcode == code, messages
     return messages
 
 

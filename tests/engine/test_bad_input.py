@@ -15,9 +15,9 @@ from megaboat.data.spill import PrepareOptions
 from megaboat.data.train_tokenizer import train_tokenizer
 from megaboat.engine.run_config import RunConfig
 from tests.corpus import real_texts, write_jsonl
-from tests.distributed import run_on_ranks
+from tests.distributed import run_on_ranks, start_commands
 from tests.engine.conftest import tiny_config, tiny_tree
-from tests.engine.runs import finish, losses, start_command, train_on_rank, write_config
+from tests.engine.runs import ended, losses, train_on_rank, write_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
@@ -116,8 +116,8 @@ def test_a_tokenizer_that_does_not_match(trained: Path, dataset_folder: Path, tm
     prepare(Request({"train": [texts]}, str(tmp_path / "other.model"), tmp_path / "other"))
     before = snapshot(trained)
     tree = tiny_tree(tmp_path / "other", trained, train__steps=10)
-    command = start_command("train", str(write_config(tmp_path / "run.yaml", tree)))
-    messages = finish(command, code=2)
+    (command,) = start_commands(1, tmp_path, "train", str(write_config(tmp_path / "run.yaml", tree)))
+    messages = ended(command, tmp_path, 2)
     line = next(line for line in messages.splitlines() if line.startswith("megaboat train: "))
     assert "tokenizer" in line
     assert snapshot(trained) == before
@@ -141,8 +141,8 @@ def test_a_flipped_byte_in_a_shard_stops_with_3(dataset_folder: Path, tmp_path: 
         content[3000] ^= 1
         shard.write_bytes(content)
     tree = tiny_tree(copy, tmp_path / "run", model__calibrate=False)  # which would meet it before there is a run
-    command = start_command("train", str(write_config(tmp_path / "run.yaml", tree)))
-    messages = finish(command, code=3)
+    (command,) = start_commands(1, tmp_path, "train", str(write_config(tmp_path / "run.yaml", tree)))
+    messages = ended(command, tmp_path, 3)
     line = next(line for line in messages.splitlines() if line.startswith("megaboat train: "))
     assert ".tar" in line
     assert "block 0" in line

@@ -8,7 +8,6 @@ import re
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from megaboat.model.build import build_model
 from megaboat.model.seqboat import SeqBoat
 from tests.distributed import run_on_ranks, start_commands
 from tests.engine.conftest import tiny_config, tiny_tree
-from tests.engine.runs import losses, train_on_rank, wait_for_step, write_config
+from tests.engine.runs import ended, losses, train_on_rank, wait_for_step, write_config
 
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 DEAD_RANK_SECONDS = 120.0  # the rank is named within 15 s; a busy machine may take longer to end
@@ -208,16 +207,8 @@ def test_kill_9_of_one_of_four_ranks(undisturbed: Path, dataset_folder: Path, tm
     wait_for_step(out, 7, ranks[0])
     ranks[2].kill()
     for rank in (0, 1, 3):
-        ended(ranks[rank], tmp_path, 5, rank)
+        ended(ranks[rank], tmp_path, 5, rank, DEAD_RANK_SECONDS)
     assert "rank 2 gave no report: its node or process is gone or stopped" in (out / "log.txt").read_text()
     for rank, process in enumerate(start_commands(4, tmp_path, "train", str(config))):
         ended(process, tmp_path, 0, rank)
     assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-5)
-
-
-def ended(process: ForkServerProcess, folder: Path, code: int, rank: int = 0) -> str:
-    """What a rank has printed, once it has ended with `code`."""
-    process.join(DEAD_RANK_SECONDS)
-    messages = (folder / f"rank-{rank}.log").read_text()
-    assert process.exitcode == code, messages
-    return messages

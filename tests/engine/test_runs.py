@@ -1,7 +1,6 @@
 """Whole runs: trained, killed, resumed elsewhere, asked to stop; each compared with an undisturbed one."""
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megaboat.data.prepare import Request, prepare
 from megaboat.data.spill import PrepareOptions
 from tests.corpus import real_texts, write_jsonl
-from tests.distributed import run_on_ranks
+from tests.distributed import run_on_ranks, start_commands
 from tests.engine.conftest import tiny_config, tiny_tree
-from tests.engine.runs import (
-    finish,
-    losses,
-    metrics,
-    start_command,
-    train_on_rank,
-    wait_for_step,
-    wait_until,
-    write_config,
-)
+from tests.engine.runs import ended, losses, metrics, train_on_rank, wait_for_step, wait_until, write_config
 
 LONG = 100
 
@@ -66,8 +56,8 @@ def test_tensorboard_holds_the_same_curve(undisturbed: Path) -> None:
 
 def test_tensorboard_shows_the_pictures(dataset_folder: Path, tmp_path: Path) -> None:
     tree = tiny_tree(dataset_folder, tmp_path / "run", train__steps=3, train__tensorboard=True)
-    command = start_command("train", str(write_config(tmp_path / "run.yaml", tree)))
-    finish(command)
+    (command,) = start_commands(1, tmp_path, "train", str(write_config(tmp_path / "run.yaml", tree)))
+    ended(command, tmp_path)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert {"report/loss", "report/activation_by_step", "report/activation_by_domain"} <= set(events.Tags()["images"])
@@ -127,14 +117,14 @@ def long_run(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_kill_9_and_the_same_command_again(long_run: Path, dataset_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", tiny_tree(dataset_folder, out, train__steps=LONG))
-    killed = start_command("train", str(config))
+    (killed,) = start_commands(1, tmp_path, "train", str(config))
     wait_for_step(out, 7, killed)
     wait_until((out / "checkpoints" / "latest").is_file, killed)  # it is written beside the training
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
+    killed.join()
     assert not (out / "outcome.json").exists(), "the run was over before it was killed"
-    again = start_command("train", str(config))
-    assert "resumed" in finish(again)
+    (again,) = start_commands(1, tmp_path, "train", str(config))
+    assert "resumed" in ended(again, tmp_path)
     assert losses(out) == losses(long_run)
     assert json.loads((out / "outcome.json").read_text())["outcome"] == "done"
 
@@ -142,10 +132,10 @@ def test_kill_9_and_the_same_command_again(long_run: Path, dataset_folder: Path,
 def test_sigterm_saves_and_asks_to_be_requeued(long_run: Path, dataset_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", tiny_tree(dataset_folder, out, train__save_every=0, train__steps=LONG))
-    stopped = start_command("train", str(config))
+    (stopped,) = start_commands(1, tmp_path, "train", str(config))
     wait_for_step(out, 4, stopped)
-    stopped.send_signal(signal.SIGTERM)
-    finish(stopped)
+    stopped.terminate()
+    ended(stopped, tmp_path)
     outcome = json.loads((out / "outcome.json").read_text())
     assert outcome["outcome"] == "requeue"
     assert "SIGTERM" in outcome["reason"]
@@ -178,7 +168,7 @@ def test_a_dataset_without_held_out_text_trains(dataset_folder: Path, tmp_path: 
 
 def test_a_run_that_diverges_says_so(dataset_folder: Path, tmp_path: Path) -> None:
     tree = tiny_tree(dataset_folder, tmp_path / "run", optim__lr=1e30, optim__warmup=0.0)
-    command = start_command("train", str(write_config(tmp_path / "run.yaml", tree)))
-    finish(command, code=4)
+    (command,) = start_commands(1, tmp_path, "train", str(write_config(tmp_path / "run.yaml", tree)))
+    ended(command, tmp_path, 4)
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "fatal"
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))

@@ -19,7 +19,7 @@ from tests.engine.runs import losses, train_on_rank, write_config
 from tests.launch.cluster import PATIENCE, Cluster, until
 from tests.launch.jobs import ROOT, Job, check_whole, submit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 
 STEPS = 150

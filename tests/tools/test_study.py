@@ -6,6 +6,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +29,7 @@ from megaboat.tools.study_time import bits_after
 from megaboat.tools.study_tune import borders, choose, ready
 from tests.distributed import run_on_ranks
 from tests.engine.conftest import dataset_folder, tiny_tree
-from tests.engine.runs import start_command, wait_until, write_config
+from tests.engine.runs import wait_until, write_config
 from tests.tools.test_report import Page
 
 __all__ = ["dataset_folder"]
@@ -309,6 +311,13 @@ def report_of(folder: Path) -> tuple[str, list[list[str]]]:
     assert main(["study", "report", str(folder / "tiny.yaml")]) == 0
     with (folder / "study" / "report" / "cells.csv").open() as file:
         return (folder / "study" / "report" / "index.html").read_text(), [row[:-1] for row in csv.reader(file)]
+
+
+def start_command(*arguments: str) -> "subprocess.Popen[str]":
+    """`megaboat ARGUMENTS` as a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megaboat", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
