@@ -38,12 +38,12 @@ def undisturbed(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def at_step_8(action: Callable[[], None]) -> None:
-    """In this process, do something in the forward pass of step 8: the fifteenth, of two micro-batches a step."""
+def at_step(step: int, action: Callable[[], None]) -> None:
+    """In this process, do something in the first forward pass of a step of two micro-batches."""
     count = itertools.count(1)
 
     def hook(module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, SeqBoat) and module.training and next(count) == 15:
+        if isinstance(module, SeqBoat) and module.training and next(count) == 2 * step - 1:
             action()
 
     torch.nn.modules.module.register_module_forward_pre_hook(hook)
@@ -51,23 +51,23 @@ def at_step_8(action: Callable[[], None]) -> None:
 
 def no_large_files(size: int) -> None:
     """From step 8 on the system refuses to write past `size` bytes of a file."""
-    at_step_8(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
+    at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
 
 
 def no_longer_file(path: Path) -> None:
     """From step 8 on the system refuses to let any file grow much beyond what this one has by then."""
-    at_step_8(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, resource.RLIM_INFINITY)))
+    at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, resource.RLIM_INFINITY)))
 
 
 def no_more_memory(spare: int) -> None:
-    """From step 8 on this process may not map more than `spare` bytes beyond what it has."""
+    """From step 2 on this process may not map more than `spare` bytes beyond what it has."""
 
     def limit() -> None:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + spare, resource.RLIM_INFINITY))
 
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # or freed tensors would stay mapped, for the next step's
-    at_step_8(limit)
+    at_step(2, limit)
 
 
 def test_a_file_that_may_not_grow(undisturbed: Path, dataset_folder: Path, tmp_path: Path) -> None:

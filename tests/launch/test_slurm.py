@@ -19,7 +19,7 @@ from tests.engine.runs import losses, train_on_rank, write_config
 from tests.launch.cluster import PATIENCE, Cluster, until
 from tests.launch.jobs import ROOT, Job, check_whole, submit
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 
 STEPS = 150
@@ -43,13 +43,14 @@ def check_as_if_alone(job: Job, data: Path, folder: Path) -> None:
     assert check_whole(job.out, steps) == pytest.approx(losses(folder / "alone"), rel=1e-5)
 
 
-def ranks_on(node: str) -> list[int]:
+def ranks_on(cluster: Cluster, node: str) -> list[int]:
     """Processes of `megaboat train` on a node, by their numbers on this machine."""
     found = []
+    place = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={cluster.environment['SLURM_CONF']}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            here = f"SLURMD_NODENAME={node}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            here = place <= set((folder / "environ").read_bytes().split(b"\0"))
         except OSError:
             continue
         if here and words[1:4] == [b"-m", b"megaboat", b"train"]:
@@ -119,7 +120,7 @@ def test_a_lost_node_is_replaced_and_its_ranks_write_no_more(
     job = submit(cluster, tmp_path, dataset_folder, "--nodes=1", train__steps=3000, train__save_every=50)
     job.wait_for_step(20)
     node = cluster.run("squeue", "--noheader", f"--jobs={job.number}", "--format=%N").strip()
-    lost = ranks_on(node)
+    lost = ranks_on(cluster, node)
     assert len(lost) == 2
     rival = submit(cluster, tmp_path, dataset_folder, "--nodes=1", train__steps=3000, train__save_every=50)
     rival.wait("FAILED")
@@ -155,7 +156,7 @@ def test_a_lost_batch_host_leaves_fewer_nodes_that_go_on(
     job.wait_for_step(30)
     nodes = cluster.run("squeue", "--noheader", f"--jobs={job.number}", "--format=%N").strip()
     first = cluster.run("scontrol", "show", "hostnames", nodes).split()[0]
-    lost = ranks_on(first)
+    lost = ranks_on(cluster, first)
     assert len(lost) == 2
     lose, mend = LOSSES[loss]
     lose(cluster, first)
@@ -185,7 +186,7 @@ def test_a_rank_that_is_stopped_is_named(cluster: Cluster, dataset_folder: Path,
     changes = {"train__steps": STEPS, "train__save_every": 20, "train__hang_seconds": 20}
     job = submit(cluster, tmp_path, dataset_folder, "--ntasks-per-node=1", **changes)
     job.wait_for_step(30)
-    stopped = next(ranks for node in ("mb3", "mb2") if (ranks := ranks_on(node)))
+    stopped = next(ranks for node in ("mb3", "mb2") if (ranks := ranks_on(cluster, node)))
     os.kill(stopped[0], signal.SIGSTOP)
     until(lambda: "try 1: crashed" in job.said(), PATIENCE, "end of the try")
     log = (job.out / "log.txt").read_text()
