@@ -19,13 +19,13 @@ from typing import Any
 from megaboat.engine.places import job_port
 
 _TURNS = itertools.count()
-# A server that has imported torch and DeepSpeed once forks each rank in milliseconds instead of seconds. DeepSpeed
-# imports the muon module when an engine is made: it is decorated with torch.compile, so all of inductor comes with it.
+# A server that has imported torch and DeepSpeed once forks each rank in milliseconds instead of seconds; torch imports
+# its compiler when an optimizer is made.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "megaboat.engine.build",
-        "deepspeed.runtime.zero.muon.original_muon",
+        "torch._dynamo",
         "transformers.models.llama.modeling_llama",
     ]
 )

@@ -19,7 +19,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.runtime import zero
+from deepspeed.runtime import compiler, zero
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -59,11 +59,13 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor:
 zero.stage3.defragment = _side_by_side
 # It makes lists of all parameters for each one: seconds for 7,000. `parameter_groups` names each once.
 deepspeed.DeepSpeedEngine._check_for_duplicates = lambda *_: None
+# Muon, which nothing here uses, comes with every ZeRO engine, compiled when imported: a second of inductor's imports.
+compiler.compile = lambda: lambda function: function
 
 
 def preload() -> None:
-    """Import now what DeepSpeed imports when the first engine is made: with all of torch's compiler, seconds of it."""
-    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    """Import now what the first optimizer imports: torch's compiler, a second of it."""
+    importlib.import_module("torch._dynamo")
 
 
 def connect(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
