@@ -76,6 +76,13 @@ def meeting_port() -> int:
         return port
 
 
+def start_process(function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
+    """`function(*arguments)` in a process of its own that the caller may kill. `function` stands at a module's top."""
+    process = _CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def start_commands(
     size: int, folder: Path, *arguments: str, before: tuple[Callable[..., Any], Any] | None = None
 ) -> list[ForkServerProcess]:
