@@ -3,17 +3,17 @@
 import shutil
 import sys
 
-import torch
+from torch import nn
 
 from megaboat.config import dump_config
+from megaboat.data.batch import Batch
 from megaboat.data.dataset import Dataset, open_dataset
 from megaboat.data.ledger import Ledger
 from megaboat.data.loader import Loader
 from megaboat.data.plan import excluded_blocks
 from megaboat.engine.balance import Balance
-from megaboat.engine.checkpoint import Checkpoint, agreed_checkpoint, load_weights
+from megaboat.engine.checkpoint import Checkpoint, agreed_checkpoint
 from megaboat.engine.deepspeed import Engine, connect
-from megaboat.engine.evaluate import documents
 from megaboat.engine.fence import OWNER, Fence, take_fence
 from megaboat.engine.guard import Guard, guard_state
 from megaboat.engine.hooks import Hook, JsonLines, Pictures, ProgressBar, ProgressLines, TensorBoard
@@ -21,16 +21,14 @@ from megaboat.engine.profile import Profiler
 from megaboat.engine.ranks import Ranks, be_deterministic
 from megaboat.engine.roll_call import roll_call
 from megaboat.engine.run_config import RunConfig
+from megaboat.engine.start import Drawn, Fill, Loaded, sample_rows
 from megaboat.engine.trainer import Trainer
 from megaboat.engine.watchdog import Watchdog
 from megaboat.errors import BadInput
 from megaboat.log import get_logger, setup_logging
-from megaboat.model.build import LanguageModel, build_model
+from megaboat.model.build import outline
 from megaboat.model.llama import Llama
 from megaboat.model.seqboat import SeqBoat
-
-# Documents lean one way as a whole in deep layers: with fewer rows than this, other text starts outside 0.4 to 0.6.
-CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 1 << 18
 
 # Of the model's configuration; what else changed would be another model under the same weights.
 MAY_CHANGE = {"dropout", "calibrate", "temperature_scale", "block"}
@@ -80,8 +78,8 @@ def _open_owned(
     step = checkpoint.state["step"] if checkpoint else 0
     watchdog.beat("build model")
     consumed = checkpoint.state["data"]["consumed_windows"] if checkpoint else 0
-    with ranks.device:  # a GPU draws a billion weights in a moment, and the host need not hold one copy a rank
-        model = build_model(config.model, None if checkpoint else config.train.seed)
+    with ranks.device:
+        model = outline(config.model)
     balance = None
     if isinstance(model, SeqBoat):
         model.capacity = config.train.capacity
@@ -100,16 +98,22 @@ def _open_owned(
     )
     if checkpoint is not None:
         loader.check_resume(checkpoint.state["data"])
-        load_weights(model, checkpoint.model(), str(checkpoint.folder))
     model.checkpoint_activations = config.train.checkpoint_activations
     if isinstance(model, SeqBoat):
         model.recompute_elementwise = config.train.recompute_elementwise
     if isinstance(model, Llama) and ranks.device.type == "cuda" and config.parallel.zero < 3:
         model.compile_layers()
+    start: Fill
     if checkpoint is None:
-        _calibrate(model, config, dataset, ranks)
-    watchdog.beat("start DeepSpeed")
-    engine = Engine(model, config, ranks)
+        start = Drawn(model, config, ranks, _sample(config, dataset, ranks))
+    else:
+        start = Loaded(model, checkpoint.model(), str(checkpoint.folder))
+
+    def fill(name: str, piece: nn.Module) -> None:
+        watchdog.beat(f"build {name}")
+        start(name, piece)
+
+    engine = Engine(model, config, ranks, fill)
     state = guard_state(checkpoint.state) if checkpoint else None
     if checkpoint is not None and state is not None:
         engine.set_moments(checkpoint.optimizer(), state["updates"])
@@ -147,19 +151,15 @@ def _check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-@torch.no_grad()
-def _calibrate(model: LanguageModel, config: RunConfig, dataset: Dataset, ranks: Ranks) -> None:
-    """Every rank calibrates on the same first windows, whatever the number of ranks; rank 0's result is taken."""
-    if not isinstance(model, SeqBoat) or not model.config.calibrate:
-        return
-    rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.seq_len))
+def _sample(config: RunConfig, dataset: Dataset, ranks: Ranks) -> Batch | None:
+    """What a new model is calibrated on, where it is: the first windows, whatever the number of ranks."""
+    rows = sample_rows(config)
+    if not rows:
+        return None
     loader = Loader(config.data, dataset, rows)
     batch = next(loader).to(ranks.device)
     loader.close()
-    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        model.calibrate(batch.tokens_BT, documents(batch))
-    for buffer in model.buffers():  # DeepSpeed broadcasts parameters, not buffers
-        ranks.broadcast(buffer)
+    return batch
 
 
 def _write_run_folder(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint | None) -> Ledger:

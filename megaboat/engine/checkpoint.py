@@ -365,23 +365,3 @@ class _TensorFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file_of)
-
-
-@torch.no_grad()
-def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy every parameter and buffer into `model`. Raises BadInput when names or shapes differ.
-
-    Thresholds may be missing: checkpoints written before there were any mean 0.
-    """
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    own = {name: own[name] for name in own if name in tensors or not name.endswith(".threshold_M")}
-    for name in own.keys() | tensors.keys():
-        if name not in own or name not in tensors:
-            where = "the checkpoint" if name in tensors else "the configured model"
-            raise BadInput(f"{origin}: {name} is only in {where}; train.out holds a run of another model")
-    for name, target in own.items():
-        value = tensors[name]
-        if value.shape != target.shape:
-            shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(target.shape)} in the configured model"
-            raise BadInput(f"{origin}: {name} is {shapes}; train.out holds a run of another model")
-        target.copy_(value)

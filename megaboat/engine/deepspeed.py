@@ -33,13 +33,15 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from megaboat.engine.deepspeed_settings import engine_settings
+from megaboat.engine.deepspeed_settings import Mesh, engine_settings
 from megaboat.engine.optim import parameter_groups
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig, effective_stage
+from megaboat.engine.start import Fill
 from megaboat.kernels import NarrowCopies
 from megaboat.layers.linear import Linear
 from megaboat.model.block import SeqBoatBlock
+from megaboat.model.build import LanguageModel, give_memory, pieces
 from megaboat.model.seqboat import SeqBoat
 from megaboat.parallel import exchange, sequence, tensor
 
@@ -80,45 +82,21 @@ def connect(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
-class Mesh:
-    """What DeepSpeed asks a model-parallel unit (`mpu`): ZeRO works among replicas, norms add up the parts."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-
-    def get_model_parallel_rank(self) -> int:
-        return self._ranks.tensor_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._ranks.tensor
-
-    def get_model_parallel_group(self) -> Any:
-        return self._ranks.tensor_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._ranks.replica
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._ranks.replicas
-
-    def get_data_parallel_group(self) -> Any:
-        return self._ranks.replica_group
-
-
 class Engine:
     """A model under DeepSpeed with AdamW: forward, backward, step, and its state as full named tensors.
 
-    Takes a whole model; with tensor parallelism it keeps this rank's part.
+    Takes a whole model, or an outline of one and what fills it; with tensor parallelism it keeps this rank's part.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, model: LanguageModel, config: RunConfig, ranks: Ranks, fill: Fill | None = None) -> None:
         micro_steps = config.train.global_batch // (config.train.micro_batch * ranks.data_size)
         self._outlines = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
         self._ranks, self._group = ranks, ranks.tensor_group
+        self._offloads = config.parallel.offload == "optimizer"
+        self.stage = effective_stage(config.parallel.zero, ranks.replicas, self._offloads)
+        settings = engine_settings(config, micro_steps, self.stage)
         self._cut: dict[str, int] = {}
-        if self._group is not None:
-            assert isinstance(model, SeqBoat), "check_world refuses tensor parallelism for others"
-            self._cut = tensor.shard(model, self._group)
+        self._assemble(model, settings, fill)
         if ranks.sequence_group is not None:
             assert isinstance(model, SeqBoat), "as it does sequence parallelism"
             sequence.join(model, ranks.sequence_group, ranks.tensor)
@@ -128,19 +106,12 @@ class Engine:
         if config.parallel.zero == 3 and isinstance(model, SeqBoat):
             # Hooks around each of a block's modules cost the host more than launching all of its kernels.
             set_z3_leaf_modules(model, [SeqBoatBlock])
-        groups = parameter_groups(model, config.optim.weight_decay)
-        self._offloads = config.parallel.offload == "optimizer"
+        groups = parameter_groups(model, self._outlines, config.optim.weight_decay)
         fused = ranks.device.type == "cuda" or self._offloads
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=fused)
-        self.stage = effective_stage(config.parallel.zero, ranks.replicas, self._offloads)
         self._clip = config.optim.clip
         self.names = dict(model.named_parameters())
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._norm: Tensor | None = None  # of the gradients as they are, once it was asked for
-        settings = engine_settings(config, micro_steps, self.stage)
-        if self.stage == 3:
-            # Before `initialize`, which would print every whole parameter into a message that nobody reads.
-            deepspeed.zero.Init(model, ranks.replica_group, config_dict_or_path=settings, dtype=torch.float32)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -162,6 +133,20 @@ class Engine:
         kept = self.stage == 0 and not config.train.checkpoint_activations  # all at once, by the backward pass
         if kept and ranks.device.type == "cuda" and config.train.precision == "bf16":
             self._copies = _narrow_copies(model)
+
+    def _assemble(self, model: LanguageModel, settings: dict[str, Any], fill: Fill | None) -> None:
+        """Piece by piece: this rank's part, under ZeRO-3 its slices of that, before the next piece takes memory."""
+        self.parameters = 0
+        for name, piece in pieces(model).items():
+            if fill is not None:
+                give_memory(model, piece, self._ranks.device)
+                fill(name, piece)
+            if self._group is not None:
+                assert isinstance(model, SeqBoat), "check_world refuses tensor parallelism for others"
+                self._cut |= tensor.shard(model, self._group, name)
+            self.parameters += sum(parameter.numel() for parameter in piece.parameters())
+            if self.stage == 3:
+                deepspeed.zero.Init(piece, self._ranks.replica_group, config_dict_or_path=settings, dtype=torch.float32)
 
     @property
     def module(self) -> nn.Module:

@@ -1,9 +1,35 @@
-"""What DeepSpeed is told."""
+"""What DeepSpeed is told, and what it asks."""
 
 from typing import Any
 
+from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.model.memory import BUCKET, BUCKET_3
+
+
+class Mesh:
+    """What DeepSpeed asks a model-parallel unit (`mpu`): ZeRO works among replicas, norms add up the parts."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def get_model_parallel_rank(self) -> int:
+        return self._ranks.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._ranks.tensor
+
+    def get_model_parallel_group(self) -> Any:
+        return self._ranks.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._ranks.replica
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._ranks.replicas
+
+    def get_data_parallel_group(self) -> Any:
+        return self._ranks.replica_group
 
 
 def engine_settings(config: RunConfig, micro_steps: int, stage: int) -> dict[str, Any]:

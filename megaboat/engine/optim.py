@@ -1,6 +1,7 @@
 """Parameter groups for AdamW and learning-rate schedules as pure functions of the step."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
@@ -8,7 +9,7 @@ import pydantic
 from megaboat.config import Section
 
 if TYPE_CHECKING:  # a configuration can be checked without torch
-    from torch import nn
+    from torch import Tensor, nn
 
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
@@ -53,15 +54,13 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.final + (1 - config.final) * level)
 
 
-def parameter_groups(model: "nn.Module", weight_decay: float) -> list[dict]:
-    """Two groups of AdamW: the matrices of linear maps and embeddings decay, everything else does not."""
-    matrices = {
-        id(parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if name == "weight" and parameter.ndim == 2
-    }
-    decayed = [p for p in model.parameters() if id(p) in matrices]
-    others = [p for p in model.parameters() if id(p) not in matrices]
+def parameter_groups(model: "nn.Module", outlines: Mapping[str, "Tensor"], weight_decay: float) -> list[dict]:
+    """Two groups of AdamW: the matrices of linear maps and embeddings decay, everything else does not.
+
+    outlines: tensors of the shapes that the parameters have when they are whole.
+    """
+    matrices = {name for name, outline in outlines.items() if name.endswith(".weight") and outline.ndim == 2}
+    decayed = [parameter for name, parameter in model.named_parameters() if name in matrices]
+    others = [parameter for name, parameter in model.named_parameters() if name not in matrices]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,6 +83,14 @@ class SeqBoatBlock(nn.Module):
         if state is not None:
             state.ema_BDN = ema_BDN
         return self._feed_forward(x_BTD), routing
+
+    @torch.no_grad()
+    def calibrate(self, x: Sequence[Tensor], docs: Sequence[Documents]) -> list[Tensor]:
+        """Set the configurator so that half of all tokens activate each module; what comes of each x (B, T, D) then."""
+        read = [self.ema(self.norm(x_BTD)[0], of.first_BT)[0].flatten(0, 1) for x_BTD, of in zip(x, docs, strict=True)]
+        self.sma.configurator.calibrate(torch.cat(read))
+        del read
+        return [self(x_BTD, of)[0] for x_BTD, of in zip(x, docs, strict=True)]
 
     def step(self, x_BD: Tensor, positions_B: Tensor, state: LayerState) -> tuple[Tensor, Routing]:
         """One token of each row: constant time and memory, no host synchronisation, `state` written where it lies."""

@@ -137,11 +137,10 @@ class Llama(nn.Module):
 
 
 @torch.no_grad()
-def initialize(model: Llama, seed: int) -> None:
-    """N(0, 1/width) for all matrices, 1 for norms, from our own generator."""
-    generator = torch.Generator(device=model.head.weight.device).manual_seed(seed)
-    for parameter in model.parameters():
+def initialize(piece: nn.Module, config: LlamaConfig, generator: torch.Generator) -> None:
+    """N(0, 1/width) for all matrices, 1 for norms."""
+    for parameter in piece.parameters():
         if parameter.ndim == 2:
-            parameter.normal_(0, model.config.width**-0.5, generator=generator)
+            parameter.normal_(0, config.width**-0.5, generator=generator)
         else:
             parameter.fill_(1)

@@ -14,12 +14,14 @@ from torch import nn
 from megaboat.kernels.flash import HEAD_WIDTH
 from megaboat.kernels.loss import chunk
 from megaboat.layers.linear import Linear
+from megaboat.model.build import pieces
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.llama import Llama
 from megaboat.model.seqboat import SeqBoat
 
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements, allocated whole whatever the model's size
 BUCKET_3 = 100_000_000  # the same under ZeRO-3: what is left when the backward pass ends is not sent beside it
+CALIBRATED = 1 << 29  # elements of the residual stream that a block reads at a time while a model is calibrated
 LIVE = 1_000_000_000  # its stage3_max_live_parameters: the most that ZeRO-3 gathers at a time
 
 # {class: {parameter: dimension}}: what each rank of a tensor-parallel group holds a part of.
@@ -72,6 +74,28 @@ def count_parameters(config: SeqBoatConfig | LlamaConfig, cut: Cut | None = None
             else:
                 other += size
     return Parameters(linear, other)
+
+
+def starting_bytes(
+    config: SeqBoatConfig | LlamaConfig, parameters: Parameters, zero: int, data: int, tokens: int, bf16: bool = True
+) -> float:
+    """Most of one rank while the model is built: its parts, and one whole piece that reads `tokens` to be calibrated.
+
+    Of the activations that kernels make without gradients what is there at one time, half of the tokens active.
+    """
+    s, D = 2 if bf16 else 4, config.width
+    with torch.device("meta"):
+        model = SeqBoat(config) if isinstance(config, SeqBoatConfig) else Llama(config)
+    piece = max(sum(parameter.numel() for parameter in module.parameters()) for module in pieces(model).values())
+    parts = parameters.total / data if zero == 3 else parameters.total
+    if isinstance(config, LlamaConfig) or not tokens:
+        return 4.0 * (parts + piece)
+    feed_forward = 3 * D + 3 * (config.ffn_dim or 0)
+    attention = 3 * D + config.modules * (2 * D + 5 * (config.value_dim or 0)) / 2
+    passing = s * min(tokens, CALIBRATED // D) * max(feed_forward, attention)
+    deciding = tokens * (s + 8) * D  # h of all tokens, in fp32 too
+    reading = 2 * s * tokens * D + max(passing, deciding)
+    return 4.0 * parts + (4 + (s if bf16 else 0)) * piece + reading
 
 
 def layer_bytes(config: SeqBoatConfig, s: int, tensor: int = 1, elementwise: bool = False) -> tuple[float, float]:

@@ -99,7 +99,7 @@ class SeqBoat(nn.Module):
     ) -> ModelOutput:
         """Read B x T tokens, or embeddings (B, T, D); with `state`, go on from it and bring it up to date in place."""
         with kernels.recompute_elementwise() if self.recompute_elementwise else nullcontext():
-            x_BTD, routings = self._stack(self._embed(tokens_BT), docs, state)
+            x_BTD, routings = self._stack(self.embed(tokens_BT), docs, state)
         if state is not None:
             state.position_B = docs.positions_BT[:, -1] + 1
         x_BTD = self.norm(x_BTD)
@@ -123,7 +123,7 @@ class SeqBoat(nn.Module):
         """Logits (B, V) after one more token of each row, in constant time and memory: the state's tensors stay where
         they are, so that a CUDA graph of a step repeats as the next one.
         """
-        x_BD = self._embed(tokens_B)
+        x_BD = self.embed(tokens_B)
         routings = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_BD, routing = block.step(x_BD, state.position_B, layer)
@@ -145,14 +145,13 @@ class SeqBoat(nn.Module):
         """
         training = self.training
         self.eval()
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT)
         for block in self.blocks:
-            h_BTD, _ = block.ema(block.norm(x_BTD)[0], docs.first_BT)
-            block.sma.configurator.calibrate(h_BTD.flatten(0, 1))
-            x_BTD, _ = block(x_BTD, docs)
+            (x_BTD,) = block.calibrate([x_BTD], [docs])
         self.train(training)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first block reads. Embeddings are taken as they are."""
         embedded = tokens if tokens.is_floating_point() else self.embedding(tokens)
         return to_compute_dtype(self.dropout(embedded * self.config.width**0.5))
 
@@ -176,8 +175,8 @@ def _checkpointed(
 
 
 @torch.no_grad()
-def initialize(model: SeqBoat, seed: int) -> None:
-    """Draw every parameter. TN(s): normal of deviation s, truncated at two deviations.
+def initialize(piece: nn.Module, config: SeqBoatConfig, generator: torch.Generator) -> None:
+    """Draw every parameter of a model's piece. TN(s): normal of deviation s, truncated at two deviations.
 
     | parameter                                  | value                                  |
     |--------------------------------------------|----------------------------------------|
@@ -194,9 +193,8 @@ def initialize(model: SeqBoat, seed: int) -> None:
     S4D-Lin: the same but for rates 1/2, frequencies 0, pi, 2 pi, ... and a complex readout of variance 1.
     S5: `layers.ssm.hippo_normal` with eigenvectors V, steps the same; B = V* N(0, 1/width), C = N(0, 2/width) V.
     """
-    generator = torch.Generator(device=model.embedding.weight.device).manual_seed(seed)
-    for module in model.modules():
-        initialize_module(module, model.config, generator)
+    for module in piece.modules():
+        initialize_module(module, config, generator)
 
 
 @torch.no_grad()

@@ -41,14 +41,15 @@ CUT: dict[type[nn.Module], dict[str, int]] = {
 SUMMED: dict[type[nn.Module], tuple[str, ...]] = {GatedAttentionUnit: ("z.weight", "z.bias")}
 
 
-def shard(model: SeqBoat, group: dist.ProcessGroup) -> dict[str, int]:
-    """Keep this rank's part of a whole model and join it to the other ranks of `group`.
+def shard(model: SeqBoat, group: dist.ProcessGroup, piece: str = "") -> dict[str, int]:
+    """Keep this rank's part of a whole model, or of the piece of that name, and join it to the other ranks of `group`.
 
     Parameters keep their names and identities. Returns the dimension along which each cut one is cut.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    modules = list(model.get_submodule(piece).modules())
+    names = {id(parameter): name for name, parameter in model.get_submodule(piece).named_parameters(prefix=piece)}
     cut = {}
-    for module in list(model.modules()):
+    for module in modules:
         for name, dim in CUT.get(type(module), {}).items():
             parameter = module.get_parameter(name)
             parameter.data = part(parameter.data, dim, group).clone()
@@ -56,11 +57,12 @@ def shard(model: SeqBoat, group: dist.ProcessGroup) -> dict[str, int]:
             cut[names[id(parameter)]] = dim
         for name in SUMMED.get(type(module), ()):
             module.get_parameter(name).register_hook(partial(add_up, group=group))
-    for module in list(model.modules()):
+    for module in modules:
         _join(module, group)
-    weight_VD = model.head.weight
-    model.embedding = VocabularyEmbedding(weight_VD, group)  # type: ignore[assignment]
-    model.head = VocabularyHead(weight_VD, group)  # type: ignore[assignment]
+    if model.embedding in modules:
+        weight_VD = model.head.weight
+        model.embedding = VocabularyEmbedding(weight_VD, group)  # type: ignore[assignment]
+        model.head = VocabularyHead(weight_VD, group)  # type: ignore[assignment]
     return cut
 
 

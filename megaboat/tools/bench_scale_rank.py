@@ -19,10 +19,10 @@ from megaboat.engine.evaluate import documents
 from megaboat.engine.optim import learning_rate
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
-from megaboat.model.build import LanguageModel, build_model
+from megaboat.engine.start import Drawn
+from megaboat.model.build import LanguageModel, give_memory, outline, pieces
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import count_work, ema_flops, unit_flops
-from megaboat.model.seqboat import SeqBoat
 
 WARM_UP = 3
 PREPARING_STEPS = 4  # some 9 s of the 1 B model, for 5 s of pinning
@@ -51,6 +51,8 @@ class Measured:
     noise: float | None = None
     """Of bf16: how far a micro-batch's loss is from the same in fp32."""
     checkpoint: dict[str, float] | None = None
+    start_bytes: int | None = None
+    """As `peak_bytes`, before the first step."""
 
 
 def measure(
@@ -69,12 +71,17 @@ def measure(
     """
     ranks = ranks.in_mesh(config.parallel.tensor, config.parallel.sequence)
     with ranks.device:
-        model = build_model(config.model, config.train.seed)
+        model = outline(config.model)
     model.checkpoint_activations = config.train.checkpoint_activations
-    if calibrated and isinstance(model, SeqBoat):
-        _calibrate(model, config, ranks)
-    off = _distance_from_fp32(model, config, ranks) if noise else None
-    engine = Engine(model, config, ranks)
+    drawn = Drawn(model, config, ranks, _sample(config, ranks) if calibrated else None)
+    off = None
+    if noise:
+        for name, piece in pieces(model).items():
+            give_memory(model, piece, ranks.device)
+            drawn(name, piece)
+        off = _distance_from_fp32(model, config, ranks)
+    engine = Engine(model, config, ranks, None if noise else drawn)
+    start = _most_allocated(ranks)
     engine.train()
     losses, norms, seconds = [], [], []
     for number in range(warm_up + steps):
@@ -90,10 +97,7 @@ def measure(
         seconds.append(time.perf_counter() - started)
     seconds = seconds[warm_up:]
     median = statistics.median(seconds)
-    peak = None
-    if ranks.device.type == "cuda":
-        mine = torch.tensor([torch.cuda.max_memory_allocated()], device=ranks.device)
-        peak = int(ranks.gather(mine).max())
+    peak = _most_allocated(ranks)
     activation, flops = _count(engine, config, ranks, warm_up + steps)
     return Measured(
         losses=losses,
@@ -101,12 +105,20 @@ def measure(
         seconds=median,
         spread=(max(seconds) - min(seconds)) / 2 / median,
         peak_bytes=peak,
+        start_bytes=start,
         activation=activation,
         flops=flops,
         device=torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU",
         noise=off,
         checkpoint=_checkpoints(engine, config, ranks, disk) if disk is not None else None,
     )
+
+
+def _most_allocated(ranks: Ranks) -> int | None:
+    """Bytes at one time on the GPU that needed most; None on a CPU."""
+    if ranks.device.type != "cuda":
+        return None
+    return int(ranks.gather(torch.tensor([torch.cuda.max_memory_allocated()], device=ranks.device)).max())
 
 
 def device_bytes(ranks: Ranks) -> int:
@@ -141,20 +153,15 @@ def _forward_backward(engine: Engine, config: RunConfig, ranks: Ranks, batch: Ba
     return float(ranks.sum(nll)) / tokens
 
 
-@torch.no_grad()
-def _calibrate(model: SeqBoat, config: RunConfig, ranks: Ranks) -> None:
-    """On whole rows, the same on all ranks; of very long ones their beginning."""
+def _sample(config: RunConfig, ranks: Ranks) -> Batch:
+    """To calibrate on: whole rows, the same on all ranks; of very long ones their beginning."""
     short = config.model_copy(
         update={
             "data": config.data.model_copy(update={"seq_len": min(config.data.seq_len, 8192)}),
             "train": config.train.model_copy(update={"global_batch": 4}),
         }
     )
-    batch = share(short, dataclasses.replace(ranks, size=1, rank=0, tensor=1, sequence=1), 0).to(ranks.device)
-    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        model.calibrate(batch.tokens_BT, documents(batch))
-    for buffer in model.buffers():  # DeepSpeed broadcasts parameters, not buffers
-        ranks.broadcast(buffer)
+    return share(short, dataclasses.replace(ranks, size=1, rank=0, tensor=1, sequence=1), 0).to(ranks.device)
 
 
 @torch.no_grad()

@@ -130,6 +130,8 @@ def sentence(compared: Compared, took: float) -> str:
     memory = planned
     if found.peak_bytes is not None:
         memory = f"peak {found.peak_bytes / GB:.2f} GB, {planned} ({compared.bytes_off:+.1%})"
+    if found.start_bytes is not None:
+        memory += f", {found.start_bytes / GB:.2f} GB at the start"
     flops = f"{found.flops / 1e12:.4g} TFLOP, planned {compared.planned_flops / 1e12:.4g} ({compared.flops_off:+.1%})"
     return f"{found.seconds:.1f} s a step, {memory}, {flops}; took {took:.0f} s"
 

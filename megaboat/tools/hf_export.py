@@ -12,9 +12,10 @@ from torch import Tensor
 from megaboat import __version__
 from megaboat.config import dump_config
 from megaboat.data.tokenizer import Tokenizer
-from megaboat.engine.checkpoint import Checkpoint, load_weights, save_checkpoint
+from megaboat.engine.checkpoint import Checkpoint, save_checkpoint
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
+from megaboat.engine.start import load_weights
 from megaboat.errors import BadInput
 from megaboat.model.build import LanguageModel, build_model, count_parameters
 from megaboat.model.config import LlamaConfig, SeqBoatConfig

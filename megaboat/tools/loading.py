@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megaboat.data.config import DataConfig
 from megaboat.data.tokenizer import BYTE_TOKENIZERS, Tokenizer, open_tokenizer
-from megaboat.engine.checkpoint import Checkpoint, load_weights
+from megaboat.engine.checkpoint import Checkpoint
 from megaboat.engine.run_config import RunConfig
+from megaboat.engine.start import load_weights
 from megaboat.errors import BadInput, DamagedData
 from megaboat.model.build import LanguageModel, build_model
 from megaboat.tools.hf_files import EXPORT_FILE, Export

@@ -12,10 +12,11 @@ from pathlib import Path
 from megaboat.config import load_config
 from megaboat.data.index import read_index
 from megaboat.engine.run_config import RunConfig
+from megaboat.engine.start import sample_rows
 from megaboat.errors import BadInput
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import training_flops
-from megaboat.model.memory import Memory, Parameters
+from megaboat.model.memory import Memory, Parameters, starting_bytes
 from megaboat.parallel.sequence import traffic
 from megaboat.tools.plan_layout import (
     GPUS,
@@ -113,7 +114,16 @@ def memory_table(config: RunConfig, gpus: int, activation: float) -> str:
             lines.append(
                 f"{zero:<6}{'on' if checkpointing else 'off':<13}{cells}{'  <- as configured' if mine else ''}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, start_line(config, parameters, gpus)])
+
+
+def start_line(config: RunConfig, parameters: Parameters, gpus: int) -> str:
+    """GB a rank before the first step, as configured."""
+    copies, tokens = gpus // config.parallel.tensor, sample_rows(config) * config.data.seq_len
+    bf16 = config.train.precision == "bf16"
+    most = starting_bytes(config.model, parameters, config.parallel.zero, copies, tokens, bf16) / GB
+    beside = f", with {tokens:,} tokens that calibrate it" if tokens else ""
+    return f"a new model is built in {most:.2f} GB under zero {config.parallel.zero}, block by block{beside}"
 
 
 def border_table(config: RunConfig, model: SeqBoatConfig, activation: float) -> str:

@@ -41,7 +41,7 @@ def test_no_warm_up_starts_at_the_top() -> None:
 
 def test_matrices_decay_and_nothing_else_does() -> None:
     model = build_model(SeqBoatConfig(vocab_size=16, layers=1, width=32, qk_dim=8), seed=0)
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, dict(model.named_parameters()), 0.1)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed_names = {name_of[id(parameter)] for parameter in decayed["params"]}
@@ -56,6 +56,6 @@ def test_matrices_decay_and_nothing_else_does() -> None:
 
 def test_llama_has_the_same_two_groups() -> None:
     model = build_model(LlamaConfig(family="llama", vocab_size=16, layers=1, width=32, heads=4), seed=0)
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, dict(model.named_parameters()), 0.1)
     assert all(parameter.ndim == 2 for parameter in decayed["params"])
     assert all(parameter.ndim == 1 for parameter in others["params"])

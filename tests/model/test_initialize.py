@@ -77,7 +77,7 @@ def initialized(seed: int) -> SeqBoat:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
-    initialize(model, seed)
+    initialize(model, config, torch.Generator().manual_seed(seed))
     return model
 
 
@@ -104,7 +104,7 @@ def test_the_seed_alone_decides() -> None:
     before = torch.get_rng_state()
     other = SeqBoat(SeqBoatConfig(vocab_size=500, layers=2, width=WIDTH, qk_dim=128, modules=2))
     state = torch.get_rng_state()
-    initialize(other, 7)
+    initialize(other, other.config, torch.Generator().manual_seed(7))
     assert torch.equal(torch.get_rng_state(), state), "the global generator is not touched"
     assert not torch.equal(before, state), "as torch's own constructors do"
     for name, value in initialized(7).state_dict().items():

@@ -14,8 +14,8 @@ import torch
 
 from megaboat.config import build_config, load_config
 from megaboat.data.tokenizer import open_tokenizer, train_model
-from megaboat.engine.checkpoint import load_weights
 from megaboat.engine.run_config import RunConfig
+from megaboat.engine.start import load_weights
 from megaboat.errors import BadInput, DamagedData, MegaboatError
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model

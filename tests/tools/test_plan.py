@@ -8,6 +8,7 @@ import pytest
 from megaboat.cli import main
 from megaboat.config import load_config
 from megaboat.engine.run_config import RunConfig
+from megaboat.model.memory import starting_bytes
 from megaboat.tools.plan_layout import (
     GPUS,
     USABLE,
@@ -41,6 +42,17 @@ def test_every_size_is_planned(size: str, capsys: pytest.CaptureFixture[str]) ->
     assert "nothing fits" not in said, "eight GPUs hold every size"
     assert "assumptions: " in said
     assert max(map(len, said.splitlines())) < 160
+
+
+def test_under_zero_3_the_start_shrinks_with_the_ranks_to_one_block() -> None:
+    config = load_config(RunConfig, CONFIGS / "30b.yaml")
+    parameters = rank_parameters(config, 1)
+    whole = 4.0 * parameters.total
+    on = {ranks: starting_bytes(config.model, parameters, 3, ranks, 0) for ranks in (1, 8, 4096)}
+    assert on[1] - on[8] == pytest.approx(7 / 8 * whole)
+    assert on[4096] < whole / config.model.layers * 1.2
+    assert starting_bytes(config.model, parameters, 1, 8, 0) > whole
+    assert starting_bytes(config.model, parameters, 3, 8, 1 << 18) <= 80e9, "calibration beside it"
 
 
 @pytest.fixture(scope="module")
