@@ -51,7 +51,7 @@ def silu_maps(x_XD: Tensor, first: Map, second: Map, plain: Map) -> tuple[Tensor
     if mixes(x_XD, first[0]):
         from megaboat.kernels.gate_triton import silu_parts_triton
 
-        widths = [len(bias) for _, bias in maps]
+        widths = [bias.shape[0] for _, bias in maps]
         product = joint_linear(x_XD, [weight for weight, _ in maps], [bias for _, bias in maps])
         parts, again = silu_parts_triton(product, widths), later(product)
         offer(parts[0], lambda: silu_parts_triton(again(), widths)[0])

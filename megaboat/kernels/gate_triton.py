@@ -64,7 +64,7 @@ class _SiluParts(torch.autograd.Function):
     def forward(ctx, x_XW, A, B, C):  # type: ignore[no-untyped-def]
         x_XW = x_XW.contiguous()
         ctx.save_for_backward(x_XW)
-        X = len(x_XW)
+        X = x_XW.shape[0]
         a_XA, b_XB = x_XW.new_empty(X, A), x_XW.new_empty(X, B)
         if X > 0:
             grid, block = blocks(X, A + B)
@@ -75,10 +75,11 @@ class _SiluParts(torch.autograd.Function):
     def backward(ctx, da_XA, db_XB, dc_XC):  # type: ignore[no-untyped-def]
         (x_XW,) = ctx.saved_tensors
         dx_XW = torch.empty_like(x_XW)
-        if len(x_XW) > 0:
+        X = x_XW.shape[0]
+        if X > 0:
             grid, block = blocks(*x_XW.shape)
             parts = [part.contiguous() for part in (da_XA, db_XB, dc_XC)]
-            parts_bwd_kernel[grid](x_XW, *parts, dx_XW, len(x_XW), *(part.shape[1] for part in parts), *block)
+            parts_bwd_kernel[grid](x_XW, *parts, dx_XW, X, *(part.shape[1] for part in parts), *block)
         return dx_XW, None, None, None
 
 

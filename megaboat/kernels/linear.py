@@ -42,7 +42,7 @@ class NarrowCopies:
 
     def of(self, wide: Sequence[Tensor]) -> Tensor | None:
         """The copy of a parameter, or of several one below the other; None where one of them has none."""
-        places = tuple(self._places.get(id(tensor), -1) for tensor in wide)
+        places = tuple([self._places.get(id(tensor), -1) for tensor in wide])
         if -1 in places:
             return None
         if len(places) == 1:
@@ -98,7 +98,8 @@ class _MixedLinear(torch.autograd.Function):
     def forward(ctx, x, narrow_ED, narrow_E, *wide):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, narrow_ED)
         ctx.has_bias = narrow_E is not None
-        ctx.rows = [len(tensor) for tensor in wide[: len(wide) // 2 if ctx.has_bias else len(wide)]]
+        weights = wide[: len(wide) // 2] if ctx.has_bias else wide
+        ctx.rows = [weight.shape[0] for weight in weights]  # `len` of a tensor takes a microsecond
         return F.linear(x, narrow_ED, narrow_E)
 
     @staticmethod

@@ -29,7 +29,7 @@ class _Margins(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_XD, center_D, weight_KD, bias_K, side):
         h_XD = h_XD.contiguous()
-        (X, D), M = h_XD.shape, len(bias_K) // 2
+        (X, D), M = h_XD.shape, bias_K.shape[0] // 2
         weight_KD = weight_KD.contiguous()
         margin_XM = h_XD.new_empty(X, M, dtype=torch.float32)
         if X > 0:
@@ -43,7 +43,7 @@ class _Margins(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dmargin_XM):
         h_XD, center_D, weight_KD = ctx.saved_tensors
-        (X, D), K = h_XD.shape, len(weight_KD)
+        (X, D), K = h_XD.shape, weight_KD.shape[0]
         dmargin_XM = dmargin_XM.contiguous()
         full = ctx.side is None
         dh_XD = torch.empty_like(h_XD) if full else None
