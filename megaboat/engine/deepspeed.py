@@ -123,8 +123,9 @@ class Engine:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients twice to add up nothing
         if self.stage in (1, 2) and not self._offloads:
             self._optimizer.scaled_global_norm = self._norm_of_partitions
+        if self.stage == 3 and not self._offloads:
+            self._optimizer._get_norm_groups = lambda: [self._norm_of_groups()]
         if self.stage == 3:
-            self._optimizer.get_grad_norm_direct = self._norm_of_slices
             # Each would be gathered by itself after a step; not gathered there, they come with the rest of their block.
             self._optimizer.persistent_parameters = []
         self._create_states()
@@ -328,8 +329,16 @@ class Engine:
             self._norm = self._norm_of_slices(gradients, parameters)
         return self._norm
 
+    def _norm_of_groups(self) -> Tensor:
+        """Of all groups, under ZeRO-3: its own takes three launches a tensor, and is taken again in each step."""
+        if self._norm is None:
+            optimizer = self._optimizer
+            gradients = [part for i in range(len(optimizer.fp16_groups)) for part in optimizer.averaged_gradients[i]]
+            self._norm = self._norm_of_slices(gradients, [p for group in optimizer.fp16_groups for p in group])
+        return self._norm
+
     def _norm_of_slices(self, gradients: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
-        """Over all ranks, -1 where it is not finite: ZeRO-3's own takes three launches for every tensor of a group."""
+        """Over all ranks, -1 where it is not finite."""
         pairs = zip(gradients, parameters, strict=True)
         counted = [  # what tensor ranks hold alike counts once
             gradient for gradient, p in pairs if self._ranks.tensor_rank == 0 or is_model_parallel_parameter(p)
