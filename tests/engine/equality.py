@@ -17,10 +17,10 @@ from megaboat.layers.configurator import Routing
 from megaboat.model.build import build_model
 from tests.engine.conftest import tiny_config
 
-STEPS, ROWS, LENGTH, VOCABULARY, LAYERS, RATE = 12, 8, 24, 64, 3, 0.3
+STEPS, ROWS, LENGTH, VOCABULARY, LAYERS, RATE = 20, 8, 24, 64, 3, 0.3
 BORDER = 5
 SILENT, EAGER = 0, 1  # a row that begins with this token activates nothing, or everything, in layer 1
-FORCED_STEPS = range(4, 8)
+FORCED_STEPS = range(5, 10)
 BOUND = 1e-5
 
 

@@ -11,7 +11,7 @@ from tests.engine.equality import STEPS, Layout, difference, pairwise, train
 
 
 def main() -> None:
-    """One line a layout, over the steps of the test; fails where one is out of bounds."""
+    """One line a layout, over 20 steps; fails where one is out of bounds."""
     print(f"{STEPS} steps in fp32; largest relative difference from one process")
     print("data tensor sequence zero accumulate checkpoint |  loss   norm  step 1 gradients  weights  moments  flips")
     worst: list[str] = []
