@@ -110,8 +110,6 @@ class LlamaConfig(Section):
     """Hidden width of the feed-forward. None: 8/3 x width."""
     rope_base: float = pydantic.Field(10000.0, gt=1)
     """Base of the rotary frequencies."""
-    dropout: float = pydantic.Field(0.0, ge=0, lt=1)
-    """Share of the numbers set to zero in training, of the embedding and of what each branch adds."""
 
     @pydantic.model_validator(mode="after")
     def _heads_divide_width(self) -> "LlamaConfig":

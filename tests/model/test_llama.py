@@ -110,14 +110,3 @@ def test_layers_are_compiled_once_for_any_number_of_documents() -> None:
             nll = model(tokens_BT, pack(rows), tokens_BT).nll
             assert nll is not None
             nll.backward()
-
-
-@torch.no_grad()
-def test_dropout_draws_in_training_only() -> None:
-    model, docs, tokens_BT = build_model(CONFIG.model_copy(update={"dropout": 0.5}), 0), pack([[64]]), text_rows(1, 64)
-    whole = build_model(CONFIG, 0).eval()(tokens_BT, docs).hidden_BTD
-    assert torch.equal(model.eval()(tokens_BT, docs).hidden_BTD, whole)
-    model.train()
-    first, second = (model(tokens_BT, docs).hidden_BTD for _ in range(2))
-    assert not torch.equal(first, whole)
-    assert not torch.equal(first, second)

@@ -95,7 +95,7 @@ def test_an_export_keeps_the_thresholds_of_a_budget(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_are_written_a_shard_at_a_time(tmp_path: Path) -> None:
     """Anonymous memory in a fresh process; what is mapped from the checkpoint's files can be dropped at any time."""
-    sizes = {"layers": 6, "width": 768, "qk_dim": 64, "ema_order": 4, "window": 8, "heads": 2}
+    sizes = {"layers": 6, "width": 768, "qk_dim": 64, "ema_order": 4, "window": 8, "heads": 2, "ffn_dim": 2048}
     run = make_run(tmp_path / "run", None, sizes, tokenizer="bytes")
     model = sum(path.stat().st_size for path in run.rglob("model-*.safetensors"))
     assert model > 150e6
