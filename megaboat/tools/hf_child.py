@@ -29,6 +29,8 @@ def main(export: str, work: Path) -> None:
     ids = [tokenizer(text)["input_ids"] for text in inputs["texts"]]
     model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype=torch.float32).eval()
     wish = {"output_decisions": True} if model.config.model_type == "seqboat" else {}
+    if not wish:
+        model.set_attn_implementation("eager")  # rounds as the trained model's attention does on a CPU
     results: dict[str, Any] = {}
     with torch.no_grad():
         for number, row in enumerate(inputs["rows"]):

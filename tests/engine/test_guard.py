@@ -25,7 +25,6 @@ from tests.distributed import run_on_ranks, start_commands
 from tests.engine.conftest import tiny_config, tiny_tree
 from tests.engine.runs import metrics, train_on_rank, write_config
 
-STEPS = 12  # of a run that is spoilt in steps 8 and 9: checkpoints before and after, and steps that depend on them
 LAYOUTS = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
 IDS = [f"{size}xzero{zero}" for size, zero in LAYOUTS]
 
@@ -61,7 +60,7 @@ def updated(out: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def undisturbed(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_on_ranks(train_on_rank, 1, tiny_config(dataset_folder, out, train__steps=STEPS))
+    run_on_ranks(train_on_rank, 1, tiny_config(dataset_folder, out))
     return out
 
 
@@ -69,8 +68,8 @@ def undisturbed(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 def two_left_out(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process; the losses of steps 8 and 9 are not numbers."""
     out = tmp_path_factory.mktemp("two_left_out") / "run"
-    config = tiny_config(dataset_folder, out, train__steps=STEPS)
-    assert run_on_ranks(train_spoilt, 1, config, {8: math.nan, 9: math.inf}) == [("done", STEPS)]
+    config = tiny_config(dataset_folder, out)
+    assert run_on_ranks(train_spoilt, 1, config, {8: math.nan, 9: math.inf}) == [("done", 20)]
     return out
 
 
@@ -78,13 +77,13 @@ def test_bad_steps_are_left_out_and_named(two_left_out: Path, undisturbed: Path)
     assert [line.pop("skipped", None) for line in ledger(two_left_out)] == [None] * 7 + [
         "the loss is nan",
         "the loss is inf",
-    ] + [None] * (STEPS - 9)
+    ] + [None] * 11
     assert [line | {"skipped": 0} for line in ledger(two_left_out)] == [
         line | {"skipped": 0} for line in ledger(undisturbed)
     ], "the same tokens in the same steps"
     assert "step 8 left out: the loss is nan; windows 28 to 31 (" in (two_left_out / "log.txt").read_text()
     losses, before = updated(two_left_out), updated(undisturbed)
-    assert sorted(losses) == [*range(1, 8), *range(10, STEPS + 1)]
+    assert sorted(losses) == [*range(1, 8), *range(10, 21)]
     assert all(losses[step] == before[step] for step in range(1, 8))
     assert all(math.isfinite(loss) for loss in losses.values())
     assert metrics(two_left_out)[-1]["skipped"] == 2
@@ -94,10 +93,9 @@ def test_bad_steps_are_left_out_and_named(two_left_out: Path, undisturbed: Path)
 def test_every_layout_leaves_out_the_same(
     two_left_out: Path, dataset_folder: Path, tmp_path: Path, size: int, zero: int
 ) -> None:
-    changes = {"parallel__zero": zero, "train__micro_batch": 1, "train__steps": STEPS}
-    config = tiny_config(dataset_folder, tmp_path / "run", **changes)
+    config = tiny_config(dataset_folder, tmp_path / "run", parallel__zero=zero, train__micro_batch=1)
     bad = {8: math.nan, 9: math.inf}
-    assert run_on_ranks(train_spoilt, size, config, bad) == [("done", STEPS)] * size
+    assert run_on_ranks(train_spoilt, size, config, bad) == [("done", 20)] * size
     assert updated(tmp_path / "run") == pytest.approx(updated(two_left_out), rel=1e-5)
 
 
@@ -115,10 +113,10 @@ def test_going_back_is_as_if_the_steps_had_been_left_out(
 ) -> None:
     """Steps 6 and 7 are done twice, from weights, moments and data of step 5: nothing of the first try is left."""
     changes = {f"parallel__{key}": value for key, value in parallel.items()}
-    changes |= {"train__micro_batch": 1, "train__bad_steps": 2, "train__steps": STEPS}
+    changes |= {"train__micro_batch": 1, "train__bad_steps": 2}
     config = tiny_config(dataset_folder, tmp_path / "run", **changes)
     bad = {8: math.nan, 9: math.inf}
-    assert run_on_ranks(train_spoilt, size, config, bad) == [("done", STEPS)] * size
+    assert run_on_ranks(train_spoilt, size, config, bad) == [("done", 20)] * size
     assert "in 2 steps in a row: going back to" in (tmp_path / "run" / "log.txt").read_text()
     assert ledger(tmp_path / "run") == ledger(two_left_out)
     assert updated(tmp_path / "run") == pytest.approx(updated(two_left_out), rel=1e-5)
@@ -132,8 +130,7 @@ def test_a_named_step_is_left_out_by_whoever_repeats_it(two_left_out: Path, data
         assert state["guard"]["updates"] == state["step"] - 2
     for name in ("checkpoints", "metrics.jsonl"):
         (two_left_out / name).rename(two_left_out / f"old-{name}")
-    config = tiny_config(dataset_folder, two_left_out, train__steps=STEPS)
-    assert run_on_ranks(train_on_rank, 1, config) == [("done", STEPS)]
+    assert run_on_ranks(train_on_rank, 1, tiny_config(dataset_folder, two_left_out)) == [("done", 20)]
     assert updated(two_left_out) == before
 
 

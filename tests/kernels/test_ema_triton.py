@@ -28,7 +28,9 @@ def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ema_triton, "LONGEST_CHUNK", 64)
 
 
-def run_both(T: int, D: int, N: int, device: str, dtype: torch.dtype, silu: bool = False, **options: bool) -> None:
+def assert_both_agree(
+    T: int, D: int, N: int, device: str, dtype: torch.dtype, silu: bool = False, **options: bool
+) -> None:
     case = ema_case(B=2, T=T, D=D, N=N, **options)
     case.inputs["x_BTD"] = case.inputs["x_BTD"].to(dtype).double()
     run = functools.partial(
@@ -45,7 +47,7 @@ def run_both(T: int, D: int, N: int, device: str, dtype: torch.dtype, silu: bool
 def test_everything_at_once(T: int, device: str) -> None:
     device_sizes = {"cpu": (5, 3), "cuda": (130, 16)}
     D, N = device_sizes[device]
-    run_both(T, D, N, device, torch.float32, silu=True, resets=True, state=True, dstate=True)
+    assert_both_agree(T, D, N, device, torch.float32, silu=True, resets=True, state=True, dstate=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,13 +56,13 @@ def test_everything_at_once(T: int, device: str) -> None:
 def test_parts_in_half_precision(silu: bool, options: dict[str, bool], device: str) -> None:
     # The interpreter truncates to bf16 instead of rounding, which alone doubles the error.
     T, dtype = {"cpu": (130, torch.float16), "cuda": (700, torch.bfloat16)}[device]
-    run_both(T, 5, 3, device, dtype, silu=silu, **options)
+    assert_both_agree(T, 5, 3, device, dtype, silu=silu, **options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("N", [1, 16, pytest.param(2, marks=on_gpu), pytest.param(32, marks=on_gpu)])
 def test_orders(N: int, device: str) -> None:
-    run_both(70 if device == "cpu" else 700, 130, N, device, torch.float32, resets=True)
+    assert_both_agree(70 if device == "cpu" else 700, 130, N, device, torch.float32, resets=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

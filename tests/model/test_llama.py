@@ -28,7 +28,7 @@ def logits(model: Llama, tokens_BT: Tensor, docs: Documents) -> Tensor:
         return model.head(model(tokens_BT, docs).hidden_BTD)
 
 
-def close(a: Tensor, b: Tensor) -> None:
+def assert_close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)  # logits of some hundreds
 
 
@@ -40,7 +40,7 @@ def test_a_packed_document_is_the_document_alone(rows: list[list[int]]) -> None:
     borders = docs.cu_seqlens.tolist()
     for start, end in zip(borders[:-1], borders[1:], strict=True):
         alone = logits(model, tokens_BT.flatten()[None, start:end], Documents.whole(1, end - start))
-        close(together[start:end], alone[0])
+        assert_close(together[start:end], alone[0])
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True], ids=["plain", "recomputed"])
@@ -62,7 +62,7 @@ def test_tokens_before_t_do_not_see_t(t: int) -> None:
     changed_BT = tokens_BT.clone()
     changed_BT[:, t:] = 255 - changed_BT[:, t:]
     before, after = logits(model, tokens_BT, docs), logits(model, changed_BT, docs)
-    close(before[:, :t], after[:, :t])
+    assert_close(before[:, :t], after[:, :t])
     assert (before[:, t] - after[:, t]).abs().max() > 1e-3
 
 

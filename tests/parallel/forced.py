@@ -20,6 +20,12 @@ class Found(NamedTuple):
     """That the first layer's unit was given, by call."""
 
 
+def assert_near(found: Found, expected: Found, bound: float, name: str) -> None:
+    """Loss and gradients, by the norm of their difference over that of what is expected."""
+    for value, truth in zip(found[:3], expected[:3], strict=True):
+        assert float((value - truth).norm()) <= bound * float(truth.norm()), name
+
+
 def read(model: SeqBoat, tokens: Tensor, targets: Tensor, docs: Documents, active_LXM: Tensor) -> Found:
     """Forward and backward with the decisions `active_LXM`."""
     embedded: list[Tensor] = []

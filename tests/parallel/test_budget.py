@@ -18,8 +18,7 @@ __all__ = ["dataset_folder"]
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "size"), [(0.1, 1), (0.2, 1), (0.3, 2), (0.5, 1)])
 def test_a_budget_in_training(dataset_folder: Path, tmp_path: Path, budget: float, size: int) -> None:
-    """After 50 steps each layer's share is within 0.02 in the mean of 30 steps: single ones are a thousand tokens, and
-    at this rate a layer may leave for some ten of them before its threshold follows."""
+    """After 50 steps each layer's share is within 0.02 in the mean of 15 steps: single ones are a thousand tokens."""
     config = tiny_config(
         dataset_folder,
         tmp_path / "run",
@@ -29,10 +28,12 @@ def test_a_budget_in_training(dataset_folder: Path, tmp_path: Path, budget: floa
         train__micro_batch=4,
         train__save_every=0,
         balance__budget=budget,
+        model__ffn_dim=128,
     )
     run_on_ranks(train_on_rank, size, config)
     ratio_SL = np.array([line["activation_ratio"] for line in metrics(tmp_path / "run")])
-    assert np.abs(ratio_SL[50:].mean(0) - budget).max() < 0.02
+    for first in (50, 65):
+        assert np.abs(ratio_SL[first : first + 15].mean(0) - budget).max() < 0.02
 
 
 def train_with_a_dead_layer(ranks: Ranks, config: RunConfig) -> None:

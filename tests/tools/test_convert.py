@@ -276,17 +276,17 @@ EXPORTS = {
 def test_a_run_that_is_not_sound_is_refused(
     case: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(case, RUNS, "to-hf", run_folder, tmp_path, capsys)
+    assert_refused(case, RUNS, "to-hf", run_folder, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", EXPORTS, ids=EXPORTS)
 def test_an_export_that_is_not_sound_is_refused(
     case: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(case, EXPORTS, "from-hf", exported, tmp_path, capsys)
+    assert_refused(case, EXPORTS, "from-hf", exported, tmp_path, capsys)
 
 
-def refused(
+def assert_refused(
     case: str, table: dict, action: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage, code, reason = table[case]

@@ -45,7 +45,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer
     return found
 
 
-def same(pair: tuple[Tokenizer, PreTrainedTokenizerFast], text: str) -> None:
+def assert_same(pair: tuple[Tokenizer, PreTrainedTokenizerFast], text: str) -> None:
     ours, theirs = pair
     ids = ours.encode(text).tolist()
     assert theirs(text)["input_ids"] == ids
@@ -55,7 +55,7 @@ def same(pair: tuple[Tokenizer, PreTrainedTokenizerFast], text: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_and_hard_texts(kind: str, pairs: dict) -> None:
     for text in HARD + real_texts(60)[30:]:
-        same(pairs[kind], text)
+        assert_same(pairs[kind], text)
 
 
 @settings(max_examples=400, deadline=None)
@@ -64,7 +64,7 @@ def test_real_and_hard_texts(kind: str, pairs: dict) -> None:
 )
 def test_any_text(pairs: dict, text: str) -> None:
     for kind in KINDS:
-        same(pairs[kind], text)
+        assert_same(pairs[kind], text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,4 +108,4 @@ def test_a_normalising_model_gives_the_same_ids(tmp_path: Path) -> None:
     write_tokenizer(ours, ours.eos_id, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
     for text in [*HARD, "\u2460 ﬁ  two  spaces", *real_texts(60)[50:]]:
-        same((ours, theirs), text)
+        assert_same((ours, theirs), text)
