@@ -66,6 +66,16 @@ def accumulate(b_sum, b_u, b_x, N: tl.constexpr):
     return b_next
 
 
+@triton.jit
+def take_dy(b_dy, b_pre, p_dpre, mask, SILU: tl.constexpr):
+    """dy in fp32; with SILU taken through it, and stored."""
+    b_dy = b_dy.to(tl.float32)
+    if SILU:
+        b_dy = through_silu(b_dy, b_pre)
+        tl.store(p_dpre, b_dy.to(p_dpre.dtype.element_ty), mask=mask)
+    return b_dy
+
+
 @scan_kernel
 def ema_bwd_state_kernel(
     dy, pre, dpre, decay, resets, dstate, carry, broken, T, K, G,
@@ -93,8 +103,7 @@ def ema_bwd_state_kernel(
     whole = length >= last + GROUP
     seen = 0
     b_dys = load_rows(dy + last * D, D, lanes(o_d, D, whole), GROUP)
-    if SILU:
-        b_pres = load_rows(pre + last * D, D, lanes(o_d, D, whole), GROUP)
+    b_pres = load_rows(pre + last * D, D, lanes(o_d, D, whole), GROUP) if SILU else b_dys
     byte_next = reset_byte(p_resets, last // GROUP, HAS_RESETS)
     for back in range(0, length, GROUP):
         t = last - back
@@ -103,25 +112,21 @@ def ema_bwd_state_kernel(
         byte_next = reset_byte(p_resets, tl.maximum(earlier, 0) // GROUP, HAS_RESETS)
         b_dy_now = b_dys
         b_dys = load_rows(dy + earlier * D, D, lanes(o_d, D, earlier >= 0), GROUP)
-        if SILU:
-            b_pre_now = b_pres
-            b_pres = load_rows(pre + earlier * D, D, lanes(o_d, D, earlier >= 0), GROUP)
+        b_pre_now = b_pres
+        b_pres = load_rows(pre + earlier * D, D, lanes(o_d, D, earlier >= 0), GROUP) if SILU else b_dys
         seen = seen | byte
         if (byte == 0) & (length >= t + GROUP + HAS_DSTATE):
             for j in tl.static_range(GROUP):
-                b_dy = b_dy_now[GROUP - 1 - j].to(tl.float32)
-                if SILU:
-                    b_dy = through_silu(b_dy, b_pre_now[GROUP - 1 - j])
-                    tl.store(dpre + (t + GROUP - 1 - j) * D, b_dy.to(dpre.dtype.element_ty), mask=m_d)
+                p_dpre = dpre + (t + GROUP - 1 - j) * D
+                b_dy = take_dy(b_dy_now[GROUP - 1 - j], b_pre_now[GROUP - 1 - j], p_dpre, m_d, SILU)
                 b_u, b_w = retreat(b_u, b_w, b_q, b_dy, N)
         else:
             end = min(t + GROUP, length)
             for i in range(t, end):
                 at = t + end - 1 - i
-                b_one = tl.load(dy + at * D, mask=m_d).to(tl.float32)
-                if SILU:
-                    b_one = through_silu(b_one, tl.load(pre + at * D, mask=m_d))
-                    tl.store(dpre + at * D, b_one.to(dpre.dtype.element_ty), mask=m_d)
+                b_one = tl.load(dy + at * D, mask=m_d)
+                b_pre = tl.load(pre + at * D, mask=m_d) if SILU else b_one
+                b_one = take_dy(b_one, b_pre, dpre + at * D, m_d, SILU)
                 b_u, b_w = retreat(b_u, b_w, b_q, b_one, N)
                 b_u = inject(b_u, dstate, lanes(o_d, D, i_k * C + at == T - 1), N, HAS_DSTATE)
                 b_u = forget(b_u, (byte >> (at - t)) & 1, N)
