@@ -21,8 +21,8 @@ from megaboat.engine.places import job_port
 _TURNS = itertools.count()
 # A server that has imported torch and DeepSpeed once forks each rank in milliseconds instead of seconds; torch imports
 # its compiler when an optimizer is made.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "megaboat.engine.build",
         "torch._dynamo",
@@ -39,12 +39,12 @@ def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeo
     """
     port = meeting_port()
     deadline = time.monotonic() + timeout
-    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(size)]
     with tempfile.TemporaryDirectory() as extensions:
         processes = []
         for rank, (_, sender) in enumerate(pipes):
             place = (rank, size, port, extensions)
-            processes.append(_CONTEXT.Process(target=_rank, args=(function, place, arguments, sender)))
+            processes.append(CONTEXT.Process(target=_rank, args=(function, place, arguments, sender)))
             processes[-1].start()
             sender.close()
         try:
@@ -78,7 +78,7 @@ def meeting_port() -> int:
 
 def start_process(function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
     """`function(*arguments)` in a process of its own that the caller may kill. `function` stands at a module's top."""
-    process = _CONTEXT.Process(target=function, args=arguments)
+    process = CONTEXT.Process(target=function, args=arguments)
     process.start()
     return process
 
@@ -92,7 +92,7 @@ def start_commands(
     """
     port = meeting_port()
     places = [(rank, size, port, str(folder / "extensions")) for rank in range(size)]
-    processes = [_CONTEXT.Process(target=_command, args=(place, folder, arguments, before)) for place in places]
+    processes = [CONTEXT.Process(target=_command, args=(place, folder, arguments, before)) for place in places]
     for process in processes:
         process.start()
     return processes

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -38,11 +39,11 @@ class NoRoom(Failed):
 class Spares:
     """Processes that wait to become the ranks of a job."""
 
-    def __init__(self, ahead: int) -> None:
-        """`ahead` processes are kept waiting."""
-        self._context = multiprocessing.get_context("spawn")
+    def __init__(self, ahead: int, context: SpawnContext | ForkServerContext | None = None) -> None:
+        """`ahead` processes are kept waiting, which `context` starts; left out: each with an interpreter of its own."""
+        self._context = context or multiprocessing.get_context("spawn")
         self._ahead = ahead
-        self._waiting: list[tuple[SpawnProcess, Connection]] = []
+        self._waiting: list[tuple[BaseProcess, Connection]] = []
         self._refill(ahead)
 
     def run(

@@ -1,5 +1,6 @@
 """A small training at any layout, recorded so that two of them can be compared."""
 
+from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,13 +202,22 @@ CHOICES = {
 }
 
 
-def pairwise() -> list[Layout]:
-    """Layouts of at most 4 ranks in which every possible pair of choices occurs, chosen greedily."""
-    candidates = [layout for layout in map(Layout._make, product(*CHOICES.values())) if layout.ranks <= 4]
-    missing = {pair for layout in candidates for pair in combinations(enumerate(layout), 2)}
+def pairs(layouts: Iterable[Layout]) -> set[tuple[tuple[int, int], ...]]:
+    """Which two choices, each with its place in a layout, occur together."""
+    return {pair for layout in layouts for pair in combinations(enumerate(layout), 2)}
+
+
+def possible() -> list[Layout]:
+    """Every layout of at most 4 ranks."""
+    return [layout for layout in map(Layout._make, product(*CHOICES.values())) if layout.ranks <= 4]
+
+
+def pairwise(given: Sequence[Layout] = ()) -> list[Layout]:
+    """The layouts, chosen greedily, with which every possible pair of choices occurs in them or in those `given`."""
+    missing = pairs(possible()) - pairs(given)
     chosen = []
     while missing:
-        best = max(candidates, key=lambda layout: len(missing & set(combinations(enumerate(layout), 2))))
-        missing -= set(combinations(enumerate(best), 2))
+        best = max(possible(), key=lambda layout: len(missing & pairs([layout])))
+        missing -= pairs([best])
         chosen.append(best)
     return chosen

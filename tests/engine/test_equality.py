@@ -2,7 +2,6 @@
 
 from collections import Counter
 from functools import partial
-from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.parallel.parts import ALWAYS
 from tests.distributed import run_on_ranks
-from tests.engine.equality import CHOICES, FORCED_STEPS, RATE, Layout, Trace, difference, pairwise, train
+from tests.engine.equality import FORCED_STEPS, RATE, Layout, Trace, difference, pairs, pairwise, possible, train
 
 USUAL = [
     Layout(1, 1, 1, 2, True),
@@ -43,7 +42,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 @pytest.mark.parametrize(
     "layout",
-    [*USUAL, *(pytest.param(layout, marks=pytest.mark.slow) for layout in pairwise() if layout not in USUAL)],
+    [*USUAL, *(pytest.param(layout, marks=pytest.mark.slow) for layout in pairwise(USUAL))],
     ids=lambda layout: "-".join(str(int(value)) for value in layout),
 )
 def test_equals_one_process(one_process: Trace, tmp_path: Path, layout: Layout) -> None:
@@ -110,11 +109,7 @@ def test_an_optimizer_on_the_host_takes_the_same_steps(one_process: Trace, tmp_p
 
 
 def test_the_matrix_covers_every_pair_that_four_ranks_allow() -> None:
-    possible = [layout for layout in map(Layout._make, product(*CHOICES.values())) if layout.ranks <= 4]
-    pairs = [
-        {pair for layout in some for pair in combinations(enumerate(layout), 2)} for some in (possible, pairwise())
-    ]
-    assert pairs[0] == pairs[1]
+    assert pairs([*USUAL, *pairwise(USUAL)]) == pairs(pairwise()) == pairs(possible())
 
 
 def reload(ranks: Ranks, config: RunConfig, moments: dict[str, Tensor]) -> tuple[dict[str, Tensor], float, float]:

@@ -108,14 +108,18 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._sizes: dict[StorageWeakRef, int] = {}
+        self._held = 0  # as if nothing had been freed since `_sizes` was last swept, which only a new peak needs
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and not tensor.is_meta:
                 self._sizes[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        self._sizes = {storage: size for storage, size in self._sizes.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self._sizes.values()))
+                self._held += tensor.untyped_storage().nbytes()
+        if self._held > self.peak:
+            self._sizes = {storage: size for storage, size in self._sizes.items() if not storage.expired()}
+            self._held = sum(self._sizes.values())
+            self.peak = max(self.peak, self._held)
         return result
 
 

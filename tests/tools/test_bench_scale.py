@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from megaboat.tools.bench_scale import Bench, chosen, fitting_layers, search, wi
 from megaboat.tools.bench_scale_rank import Measured
 from megaboat.tools.bench_scale_table import Compared, verdict
 from megaboat.tools.plan_layout import configured_bytes
+from tests.distributed import CONTEXT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TREE = {
@@ -124,7 +126,7 @@ def strange(ranks: Ranks, what: str) -> str:
 @pytest.mark.slow
 def test_what_becomes_of_a_job_is_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megaboat.tools.bench_ranks.AFTERMATH", 0.5)
-    spares = Spares(ahead=2)
+    spares = Spares(ahead=2, context=CONTEXT)
     try:
         with pytest.raises(NoRoom, match="^RuntimeError: CUDA error: out of memory"):
             spares.run(strange, 2, "full")
@@ -141,7 +143,15 @@ def test_what_becomes_of_a_job_is_nothing_to_the_next(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_layouts_train_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_has_an_interpreter_of_its_own() -> None:
+    assert Spares(ahead=0).run(strange, 1, "well") == "well of 1"
+
+
+@pytest.mark.slow
+def test_layouts_train_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megaboat.tools.bench_scale.Spares", partial(Spares, context=CONTEXT))
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(TREE))
     arguments = ["--steps", "1", "--checkpoint", str(tmp_path), "--row", "64", "--json", str(tmp_path / "scale.json")]
     layouts = "zero3,tensor2,sequence2"
