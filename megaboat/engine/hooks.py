@@ -6,10 +6,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -18,8 +17,11 @@ from megaboat.log import get_logger
 from megaboat.parallel.balance.margins import EDGES
 from megaboat.parallel.balance.statistics import LayerSums
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Metrics = dict[str, Any]
-Pictures = Callable[[], dict[str, Figure]]
+Pictures = Callable[[], "dict[str, Figure]"]
 """Draws the run folder as it is: figures by name."""
 
 

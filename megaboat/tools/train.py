@@ -8,8 +8,10 @@ A run folder that holds a checkpoint is resumed. SIGTERM, SIGUSR1, SIGUSR2 or Ct
 
 import argparse
 import errno
+import importlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -23,8 +25,9 @@ from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import StopRequest, write_outcome
 from megaboat.errors import BadInput, MegaboatError
 from megaboat.log import get_logger, setup_logging
-from megaboat.tools.report_data import read_run
-from megaboat.tools.report_figures import all_figures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
@@ -47,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     out, trainer = config.train.out, None
     try:
-        trainer = open_run(config, ranks, pictures=lambda: all_figures(read_run(out)))
+        trainer = open_run(config, ranks, pictures=lambda: _pictures(out))
         outcome, reason = trainer.fit(stop)
     except OSError as error:
         if error.errno not in REFUSED:
@@ -71,3 +74,9 @@ def _train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     if trainer.fence is not None:
         trainer.fence.release()
     dist.destroy_process_group()
+
+
+def _pictures(out: Path) -> "dict[str, Figure]":
+    """The report's, which one rank draws: importing matplotlib would cost every rank half a second of its start."""
+    data, figures = (importlib.import_module(f"megaboat.tools.report_{name}") for name in ("data", "figures"))
+    return figures.all_figures(data.read_run(out))

@@ -38,7 +38,7 @@ ENDLESS = {
 def check_as_if_alone(job: Job, data: Path, folder: Path) -> None:
     """An endless run that was stopped is whole, and its losses are those of one process that nothing disturbed."""
     steps = job.outcome()["step"]
-    alone = tiny_config(data, folder / "alone", train__micro_batch=1, **ENDLESS | {"train__steps": steps})
+    alone = tiny_config(data, folder / "alone", train__micro_batch=4, **ENDLESS | {"train__steps": steps})
     run_on_ranks(train_on_rank, 1, alone)
     assert check_whole(job.out, steps) == pytest.approx(losses(folder / "alone"), rel=1e-5)
 
