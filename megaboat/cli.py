@@ -1,13 +1,13 @@
 """The `megaboat` command: a table of subcommands, each a module of `megaboat.tools`, imported when it is called."""
 
 import argparse
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
 
 from megaboat import __version__
 from megaboat.errors import MegaboatError
+from megaboat.imports import load
 
 # Each module offers add_arguments(parser) and run(args) -> exit code or None.
 COMMANDS = {
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, argv: Sequence[str]) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a read-only home is no news at each start
-    module = importlib.import_module(COMMANDS[command][0])
+    module = load(COMMANDS[command][0])
     parser = argparse.ArgumentParser(
         prog=f"megaboat {command}",
         description=module.__doc__,

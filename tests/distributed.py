@@ -19,16 +19,9 @@ from typing import Any
 from megaboat.engine.places import job_port
 
 _TURNS = itertools.count()
-# A server that has imported torch and DeepSpeed once forks each rank in milliseconds instead of seconds; torch imports
-# its compiler when an optimizer is made.
+# A server that has imported torch and DeepSpeed once forks each rank in milliseconds instead of seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "megaboat.engine.build",
-        "torch._dynamo",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 600.0) -> list[Any]:

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megaboat"
 FLOORS = {
     "errors": 0,
+    "imports": 0,
     "config": 0,
     "config_keys": 0,
     "log": 0,

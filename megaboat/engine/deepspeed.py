@@ -5,7 +5,6 @@ cast EMA and configurator parameters too. Optimizer states are read and written 
 checkpoint does not depend on the ZeRO stage, the tensor parallelism or the number of ranks that wrote it.
 """
 
-import importlib
 import logging
 import os
 import warnings
@@ -38,6 +37,7 @@ from megaboat.engine.optim import parameter_groups
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig, effective_stage
 from megaboat.engine.start import Fill
+from megaboat.imports import load
 from megaboat.kernels import NarrowCopies
 from megaboat.layers.linear import Linear
 from megaboat.model.block import SeqBoatBlock
@@ -67,7 +67,7 @@ compiler.compile = lambda: lambda function: function
 
 def preload() -> None:
     """Import now what the first optimizer imports: torch's compiler, a second of it."""
-    importlib.import_module("torch._dynamo")
+    load("torch._dynamo")
 
 
 def connect(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:

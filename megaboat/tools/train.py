@@ -8,7 +8,6 @@ A run folder that holds a checkpoint is resumed. SIGTERM, SIGUSR1, SIGUSR2 or Ct
 
 import argparse
 import errno
-import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +17,14 @@ import torch.distributed as dist
 from megaboat.config import load_config
 from megaboat.config_keys import describe_keys
 from megaboat.engine.build import open_run
+from megaboat.engine.deepspeed import preload
 from megaboat.engine.fence import InUse, Superseded
 from megaboat.engine.places import attempt_name
 from megaboat.engine.ranks import Ranks, this_process
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import StopRequest, write_outcome
 from megaboat.errors import BadInput, MegaboatError
+from megaboat.imports import load
 from megaboat.log import get_logger, setup_logging
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     ranks = this_process()
     setup_logging(ranks.rank, ranks.size)
     with StopRequest() as stop:
+        preload()
         _train(config, ranks, stop)
     return 0
 
@@ -78,5 +80,5 @@ def _train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
 
 def _pictures(out: Path) -> "dict[str, Figure]":
     """The report's, which one rank draws: importing matplotlib would cost every rank half a second of its start."""
-    data, figures = (importlib.import_module(f"megaboat.tools.report_{name}") for name in ("data", "figures"))
+    data, figures = (load(f"megaboat.tools.report_{name}") for name in ("data", "figures"))
     return figures.all_figures(data.read_run(out))
