@@ -54,6 +54,7 @@ def test_a_table_of_cuts_halves_what_it_names() -> None:
     assert whole.other - cut.other == 2 * 2 * 128 // 2 + 64 * 256 // 2
 
 
+LENGTH = 32
 KEEPING = {
     "scaled": {},
     "scaled, two layers' inputs only": {"checkpointing": True},
@@ -77,7 +78,7 @@ def test_a_forward_pass_keeps_what_is_planned() -> None:
     cases: list[dict[str, Any]] = []
     for change in KEEPING.values():
         case = {"active": True, "checkpointing": False, "elementwise": False, "bf16": True, "tensor": 1} | change
-        case |= {"rows": 1, "length": 64}
+        case |= {"rows": 1, "length": LENGTH}
         cases.append(case | {"model": SMALL | {"ema_order": 4} | change.get("model", {})})
     done = subprocess.run(
         [sys.executable, "-m", "tests.model.keeping", json.dumps(cases)],
@@ -92,7 +93,7 @@ def test_a_forward_pass_keeps_what_is_planned() -> None:
         config = SeqBoatConfig(**case["model"])
         s = 2 if case["bf16"] else 4
         kept = kept_bytes(
-            config, 64, float(case["active"]), case["checkpointing"], s, case["tensor"], case["elementwise"]
+            config, LENGTH, float(case["active"]), case["checkpointing"], s, case["tensor"], case["elementwise"]
         )
         cast = case["bf16"] and not case["checkpointing"]
         weights = s * count_parameters(config, CUT, case["tensor"]).linear if cast else 0
