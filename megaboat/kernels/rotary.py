@@ -1,4 +1,4 @@
-"""Queries or keys of every head from the shared z: scale, shift, and rotate by position (RoPE, Su et al. 2021)."""
+"""Queries or keys of every head from one z: scale, shift, and rotate by position (RoPE, Su et al. 2021)."""
 
 import math
 from functools import cache
@@ -17,14 +17,19 @@ def rotary_heads(z_RZ: Tensor, scale_GZ: Tensor, bias_GZ: Tensor, positions_R: T
 
 
 def rotary_pair(
-    z_RZ: Tensor, query_2GZ: tuple[Tensor, Tensor], key_2GZ: tuple[Tensor, Tensor], positions_R: Tensor, base: float
+    z_RY: Tensor, query_2GZ: tuple[Tensor, Tensor], key_2GZ: tuple[Tensor, Tensor], positions_R: Tensor, base: float
 ) -> tuple[Tensor, Tensor]:
-    """`rotary_heads` by scale and bias of the queries, and by those of the keys: (R, G, Z) each."""
-    if z_RZ.is_cuda and z_RZ.dtype != torch.float64:
+    """`rotary_heads` by scale and bias of the queries, and by those of the keys: (R, G, Z) each.
+
+    Y: Z, or 2 Z with the z of the queries first and that of the keys beside it.
+    """
+    Z = query_2GZ[0].shape[-1]
+    if z_RY.is_cuda and z_RY.dtype != torch.float64:
         from megaboat.kernels.rotary_triton import rotary_pair_triton
 
-        return rotary_pair_triton(z_RZ, query_2GZ, key_2GZ, positions_R, turns(z_RZ.shape[-1], base, z_RZ.device))
-    return rotary_heads(z_RZ, *query_2GZ, positions_R, base), rotary_heads(z_RZ, *key_2GZ, positions_R, base)
+        return rotary_pair_triton(z_RY, query_2GZ, key_2GZ, positions_R, turns(Z, base, z_RY.device))
+    q_RGZ = rotary_heads(z_RY[:, :Z], *query_2GZ, positions_R, base)
+    return q_RGZ, rotary_heads(z_RY[:, -Z:], *key_2GZ, positions_R, base)
 
 
 def rotate(x_RGZ: Tensor, positions_R: Tensor, base: float = 10000.0) -> Tensor:

@@ -23,43 +23,43 @@ def rotary_heads_triton(
 
 
 def rotary_pair_triton(
-    z_RZ: Tensor, query_2GZ: tuple[Tensor, Tensor], key_2GZ: tuple[Tensor, Tensor], positions_R: Tensor, turns_P: Tensor
+    z_RY: Tensor, query_2GZ: tuple[Tensor, Tensor], key_2GZ: tuple[Tensor, Tensor], positions_R: Tensor, turns_P: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`rotary.rotary_pair` likewise: one launch each way for both."""
-    return _RotaryHeads.apply(z_RZ, positions_R, turns_P, *query_2GZ, *key_2GZ)
+    return _RotaryHeads.apply(z_RY, positions_R, turns_P, *query_2GZ, *key_2GZ)
 
 
 class _RotaryHeads(torch.autograd.Function):
-    """Of one scale and bias, or of two: so many outputs."""
+    """Of one scale and bias, or of two: so many outputs. The last is of the last Z columns of z."""
 
     @staticmethod
-    def forward(ctx, z_RZ, positions_R, turns_P, *affine):  # type: ignore[no-untyped-def]
-        z_RZ, positions_R = z_RZ.contiguous(), positions_R.contiguous()
+    def forward(ctx, z_RY, positions_R, turns_P, *affine):  # type: ignore[no-untyped-def]
+        z_RY, positions_R = z_RY.contiguous(), positions_R.contiguous()
         affine = tuple(each.contiguous() for each in affine)
-        (R, Z), G = z_RZ.shape, len(affine[0])
-        outs = [z_RZ.new_empty(R, G, Z) for _ in affine[::2]]
+        (R, Y), (G, Z) = z_RY.shape, affine[0].shape
+        outs = [z_RY.new_empty(R, G, Z) for _ in affine[::2]]
         if R > 0:
             rotary_fwd_kernel[(cdiv(R, ROWS),)](
-                z_RZ, *affine[:2], *affine[-2:], positions_R, turns_P, outs[0], outs[-1], R, G, len(outs) > 1, Z // 2,
-                ROWS, next_power_of_2(Z // 2),
+                z_RY, *affine[:2], *affine[-2:], positions_R, turns_P, outs[0], outs[-1], R, G, len(outs) > 1, Y,
+                Z // 2, ROWS, next_power_of_2(Z // 2),
             )  # fmt: skip
-        ctx.save_for_backward(z_RZ, positions_R, turns_P, *affine[::2])
+        ctx.save_for_backward(z_RY, positions_R, turns_P, *affine[::2])
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *douts):  # type: ignore[no-untyped-def]
-        z_RZ, positions_R, turns_P, *scales = ctx.saved_tensors
+        z_RY, positions_R, turns_P, *scales = ctx.saved_tensors
         douts = tuple(dout.contiguous() for dout in douts)
-        (R, Z), G = z_RZ.shape, len(scales[0])
-        dz_RZ = torch.empty_like(z_RZ)
+        (R, Y), (G, Z) = z_RY.shape, scales[0].shape
+        dz_RY = torch.empty_like(z_RY)
         programs = cdiv(R, ROWS)
-        partial = z_RZ.new_empty(programs, 2 * len(scales), G, Z, dtype=torch.float32)
+        partial = z_RY.new_empty(programs, 2 * len(scales), G, Z, dtype=torch.float32)
         if R > 0:
             rotary_bwd_kernel[(programs,)](
-                z_RZ, scales[0], scales[-1], positions_R, turns_P, douts[0], douts[-1], dz_RZ, partial,
-                R, G, len(scales) > 1, Z // 2, ROWS, next_power_of_2(Z // 2),
+                z_RY, scales[0], scales[-1], positions_R, turns_P, douts[0], douts[-1], dz_RY, partial,
+                R, G, len(scales) > 1, Y, Z // 2, ROWS, next_power_of_2(Z // 2),
             )  # fmt: skip
-        return dz_RZ, None, None, *partial.sum(0).to(scales[0].dtype).unbind()
+        return dz_RY, None, None, *partial.sum(0).to(scales[0].dtype).unbind()
 
 
 @triton.jit
@@ -82,26 +82,33 @@ def phases(positions, frequency, o_r, o_p, R, PAIRS: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def load_pairs(z, o_row, o_p, m_rp, PAIRS: tl.constexpr):  # type: ignore[no-untyped-def]
-    o_z = o_row[:, None] * (2 * PAIRS) + 2 * o_p[None, :]
+def load_pairs(z, o_row, o_p, m_rp, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    o_z = o_row[:, None] * WIDTH + 2 * o_p[None, :]
     b_even = tl.load(z + o_z, mask=m_rp, other=0.0).to(tl.float32)
     b_odd = tl.load(z + o_z + 1, mask=m_rp, other=0.0).to(tl.float32)
     return o_z, b_even, b_odd
 
 
 @triton.jit
+def store_pairs(p_even, b_even, b_odd, m_rp):  # type: ignore[no-untyped-def]
+    tl.store(p_even, b_even.to(p_even.dtype.element_ty), mask=m_rp)
+    tl.store(p_even + 1, b_odd.to(p_even.dtype.element_ty), mask=m_rp)
+
+
+@triton.jit
 def rotary_fwd_kernel(  # type: ignore[no-untyped-def]
-    z, scale, bias, scale_2, bias_2, positions, frequency, out, out_2, R, G, TWO: tl.constexpr, PAIRS: tl.constexpr,
-    BR: tl.constexpr, BP: tl.constexpr,
+    z, scale, bias, scale_2, bias_2, positions, frequency, out, out_2, R, G, TWO: tl.constexpr, WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_p = tl.arange(0, BP)
     m_rp = (o_r < R)[:, None] & (o_p < PAIRS)[None, :]
     o_row = o_r.to(tl.int64)
     b_cos, b_sin = phases(positions, frequency, o_r, o_p, R, PAIRS)
-    _, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, PAIRS)
+    _, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, WIDTH)
     turn_heads(scale, bias, out, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS)
     if TWO:
+        _, b_even, b_odd = load_pairs(z + WIDTH - 2 * PAIRS, o_row, o_p, m_rp, WIDTH)
         turn_heads(scale_2, bias_2, out_2, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS)
 
 
@@ -121,8 +128,8 @@ def turn_heads(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def rotary_bwd_kernel(  # type: ignore[no-untyped-def]
-    z, scale, scale_2, positions, frequency, dout, dout_2, dz, partial, R, G, TWO: tl.constexpr, PAIRS: tl.constexpr,
-    BR: tl.constexpr, BP: tl.constexpr,
+    z, scale, scale_2, positions, frequency, dout, dout_2, dz, partial, R, G, TWO: tl.constexpr, WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(0).to(tl.int64)
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -130,7 +137,7 @@ def rotary_bwd_kernel(  # type: ignore[no-untyped-def]
     m_rp = (o_r < R)[:, None] & (o_p < PAIRS)[None, :]
     o_row = o_r.to(tl.int64)
     b_cos, b_sin = phases(positions, frequency, o_r, o_p, R, PAIRS)
-    o_z, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, PAIRS)
+    o_z, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, WIDTH)
     b_deven = tl.zeros([BR, BP], tl.float32)
     b_dodd = tl.zeros([BR, BP], tl.float32)
     p_partial = partial + i_p * ((8 if TWO else 4) * G * PAIRS)
@@ -139,11 +146,16 @@ def rotary_bwd_kernel(  # type: ignore[no-untyped-def]
     )
     if TWO:
         p_partial += 4 * G * PAIRS
+        if WIDTH > 2 * PAIRS:
+            store_pairs(dz + o_z, b_deven, b_dodd, m_rp)
+            o_z, b_even, b_odd = load_pairs(z + 2 * PAIRS, o_row, o_p, m_rp, WIDTH)
+            o_z += 2 * PAIRS
+            b_deven = tl.zeros([BR, BP], tl.float32)
+            b_dodd = tl.zeros([BR, BP], tl.float32)
         b_deven, b_dodd = turn_back(
             scale_2, dout_2, p_partial, b_deven, b_dodd, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS
         )
-    tl.store(dz + o_z, b_deven.to(dz.dtype.element_ty), mask=m_rp)
-    tl.store(dz + o_z + 1, b_dodd.to(dz.dtype.element_ty), mask=m_rp)
+    store_pairs(dz + o_z, b_deven, b_dodd, m_rp)
 
 
 @triton.jit

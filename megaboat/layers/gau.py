@@ -1,4 +1,4 @@
-"""The Gated Attention Unit (Hua et al. 2022) over active rows: one shared z for queries and keys, gated values."""
+"""The Gated Attention Unit (Hua et al. 2022) over active rows: queries and keys of one z or of two, gated values."""
 
 from collections.abc import Callable
 
@@ -19,16 +19,25 @@ class GatedAttentionUnit(nn.Module):
 
         z = SiLU(W_z h)    q = z . scale_q + bias_q    k = z . scale_k + bias_k    rotary on q and k, all Z dimensions
 
-    With heads G > 1 each block of E / G values has its own scales and biases on the shared z; G = 1 is the paper's.
+    With heads G > 1 each block of E / G values has its own scales and biases on the same z; G = 1 is the paper's.
+    With `qk_maps` 2, W_z has 2 Z outputs: the first half is z in the queries, the second in the keys. One z scores
+    tokens by what they share; to find what followed an earlier copy of a token, a key must tell of another token.
     """
 
     def __init__(
-        self, width: int, qk_dim: int, value_dim: int, window: int, heads: int = 1, rope_base: float = 1e4
+        self,
+        width: int,
+        qk_dim: int,
+        value_dim: int,
+        window: int,
+        heads: int = 1,
+        rope_base: float = 1e4,
+        qk_maps: int = 1,
     ) -> None:
         super().__init__()
         self.window, self.rope_base = window, rope_base
         self.qk_dim, self.value_dim = qk_dim, value_dim
-        self.z = Linear(width, qk_dim)
+        self.z = Linear(width, qk_maps * qk_dim)
         self.r = Linear(width, value_dim)
         self.v = Linear(width, value_dim)
         self.o = Linear(value_dim, width)
@@ -42,18 +51,19 @@ class GatedAttentionUnit(nn.Module):
     def forward(self, h_RD: Tensor, rows: ActiveRows, docs: Documents, memory: WorkingMemory | None = None) -> Tensor:
         """(R, D) -> (R, D). Runs on zero rows too, so that its parameters are always in the autograd graph."""
         v, z, r = ((each.weight, each.bias) for each in (self.v, self.z, self.r))
-        v_RE, z_RZ, r_RE = kernels.silu_maps(to_compute_dtype(h_RD), v, z, r)
+        v_RE, z_RY, r_RE = kernels.silu_maps(to_compute_dtype(h_RD), v, z, r)
+        of_queries_RZ, of_keys_RZ = self._apart(z_RY)
         positions_R = docs.positions_BT.reshape(-1)[rows.token_R]
         if memory is None and self.recall is not None:
-            memory = self.recall(z_RZ, v_RE, positions_R, rows, docs)
+            memory = self.recall(of_keys_RZ, v_RE, positions_R, rows, docs)
         cu_k = None
         if memory is None:
             of_query, of_key = (self.scale_q, self.bias_q), (self.scale_k, self.bias_k)
-            q_RGZ, k_KGZ = kernels.rotary_pair(z_RZ, of_query, of_key, positions_R, self.rope_base)
+            q_RGZ, k_KGZ = kernels.rotary_pair(z_RY, of_query, of_key, positions_R, self.rope_base)
             v_KE = v_RE
         else:
-            q_RGZ = self._head(z_RZ, self.scale_q, self.bias_q, positions_R)
-            keys = memory.extend(z_RZ, v_RE, positions_R, rows, docs)
+            q_RGZ = self._head(of_queries_RZ, self.scale_q, self.bias_q, positions_R)
+            keys = memory.extend(of_keys_RZ, v_RE, positions_R, rows, docs)
             k_KGZ = self._head(keys.z_KZ, self.scale_k, self.bias_k, keys.positions_K)
             v_KE, cu_k = keys.v_KE, keys.cu_seqlens
         scale = self.qk_dim**-0.5
@@ -62,10 +72,11 @@ class GatedAttentionUnit(nn.Module):
 
     def step(self, h_BD: Tensor, active_B: Tensor, positions_B: Tensor, memory: WorkingMemory) -> Tensor:
         """One token of each row against the ring, dense over B and of static shape; inactive rows' output is unused."""
-        z_BZ, v_BE = F.silu(self.z(h_BD)), F.silu(self.v(h_BD))
-        memory.push(active_B, z_BZ, v_BE, positions_B)
+        of_queries_BZ, of_keys_BZ = self._apart(F.silu(self.z(h_BD)))
+        v_BE = F.silu(self.v(h_BD))
+        memory.push(active_B, of_keys_BZ, v_BE, positions_B)
         B, S, _ = memory.z_BSZ.shape
-        q_BGZ = self._head(z_BZ, self.scale_q, self.bias_q, positions_B)
+        q_BGZ = self._head(of_queries_BZ, self.scale_q, self.bias_q, positions_B)
         k_BSGZ = self._head(
             memory.z_BSZ.flatten(0, 1), self.scale_k, self.bias_k, memory.positions_BS.flatten()
         ).unflatten(0, (B, S))
@@ -78,6 +89,11 @@ class GatedAttentionUnit(nn.Module):
 
     def new_memory(self, rows: int, like: Tensor) -> WorkingMemory:
         return WorkingMemory(rows, self.window, self.qk_dim, self.value_dim, like)
+
+    def _apart(self, z_XY: Tensor) -> tuple[Tensor, Tensor]:
+        """The z of the queries and that of the keys, (X, Z) each; the same where Y is Z instead of 2 Z."""
+        parts = z_XY.split(self.qk_dim, 1)
+        return parts[0], parts[-1]
 
     def _head(self, z_XZ: Tensor, scale_GZ: Tensor, bias_GZ: Tensor, positions_X: Tensor) -> Tensor:
         """(X, G, Z): queries or keys of each head, rotated."""

@@ -41,7 +41,7 @@ class SeqBoatBlock(nn.Module):
         self.ema = SSMS[config.ssm](width, config.ema_order)
         self.linear = Linear(width, width)
         units = [
-            GatedAttentionUnit(width, config.qk_dim, value_dim, config.window, heads, config.rope_base)
+            GatedAttentionUnit(width, config.qk_dim, value_dim, config.window, heads, config.rope_base, config.qk_maps)
             for _ in range(config.modules)
         ]
         self.sma = SparseModularActivation(width, units, config.configurator)

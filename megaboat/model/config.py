@@ -19,7 +19,8 @@ class SeqBoatConfig(Section):
     family: Literal["seqboat"] = "seqboat"
     """What is trained; each family has keys of its own."""
     block: Literal["paper", "scaled"] = "scaled"
-    """paper: as published; scaled: what trains best at size. Sets the keys below that are null."""
+    """paper: as published; scaled: what trains best at size, with queries and keys of a map each. Sets the keys below
+    that are null."""
     vocab_size: int | None = pydantic.Field(None, gt=0)
     """None: the vocabulary of the token shards."""
     layers: int = pydantic.Field(12, gt=0)
@@ -27,11 +28,11 @@ class SeqBoatConfig(Section):
     width: int = pydantic.Field(512, gt=0)
     """Numbers that describe a token between blocks (D)."""
     qk_dim: int = pydantic.Field(128, gt=0, multiple_of=2)
-    """Shared query/key width Z; even, for the rotary pairs."""
+    """Query/key width Z; even, for the rotary pairs."""
     value_dim: int | None = pydantic.Field(None, gt=0)
     """Value width E. None: 2 x width (paper), width (scaled)."""
     heads: int | None = pydantic.Field(None, gt=0)
-    """Score heads with their own scales on the shared z. None: 1 (paper), E / 128 (scaled)."""
+    """Score heads with their own scales on the same z. None: 1 (paper), E / 128 (scaled)."""
     ffn_dim: int | None = pydantic.Field(None, ge=0)
     """Hidden width of a SwiGLU feed-forward after each block, 0: none. None: 0 (paper), 16/3 x width (scaled)."""
     ssm: Literal["ema", "s4d-real", "s4d-lin", "s5"] = "ema"
@@ -55,6 +56,11 @@ class SeqBoatConfig(Section):
     """Base of the rotary frequencies."""
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
     """Share of the numbers set to zero in training; drawn by each rank for itself."""
+
+    @property
+    def qk_maps(self) -> int:
+        """Maps that queries and keys are made of: one for both (paper), one each (scaled)."""
+        return 1 if self.block == "paper" else 2
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -63,7 +63,7 @@ def unit_flops(config: SeqBoatConfig, tensor: int = 1) -> UnitFlops:
     d, z, e = config.width, config.qk_dim, config.value_dim or 0
     whole = 2 * d * d + 2 * d * config.modules + ema_flops(config)
     every_token = tensor * whole + 3 * 2 * d * (config.ffn_dim or 0)
-    active_row = 2 * d * (tensor * z + 2 * e) + 2 * e * d
+    active_row = 2 * d * (tensor * config.qk_maps * z + 2 * e) + 2 * e * d
     pair = 2 * z * (config.heads or 1) + 2 * e
     return UnitFlops(config.layers * every_token + head_flops(config, 1), active_row, pair)
 

@@ -117,7 +117,7 @@ def layer_bytes(config: SeqBoatConfig, s: int, tensor: int = 1, elementwise: boo
     if F:
         token += 2 * s * D + 8 + 3 * s * F
     # h and out; z before and after SiLU; q, k, v, o; v and r before SiLU, the product; token_R, position, log-sum.
-    row = s * (2 * D + 2 * Z + 2 * narrow + 2 * wide + 3 * E) + 8 + 8 + 4 * wide / head
+    row = s * (2 * D + 2 * config.qk_maps * Z + 2 * narrow + 2 * wide + 3 * E) + 8 + 8 + 4 * wide / head
     if wide != E:
         row += s * E  # the outputs without padding
     if elementwise:

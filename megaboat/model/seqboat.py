@@ -182,7 +182,7 @@ def initialize(piece: nn.Module, config: SeqBoatConfig, generator: torch.Generat
     |--------------------------------------------|----------------------------------------|
     | embedding (tied head)                      | N(0, 1/width)                          |
     | linear weights                             | TN(0.02); biases 0                     |
-    | GAU scales of q and k                      | TN(0.02); biases 0                     |
+    | GAU scales of q and k                      | TN(0.02), of two maps + 1; biases 0    |
     | norms                                      | scale 1, shift 0                       |
     | EMA smoothing, damping                     | TN(0.2)                                |
     | EMA expansion                              | TN(0.02) + 1, -1, 1, -1, ... over N    |
@@ -218,6 +218,8 @@ def initialize_module(module: nn.Module, config: SeqBoatConfig, generator: torch
         case GatedAttentionUnit():
             for scale, bias in ((module.scale_q, module.bias_q), (module.scale_k, module.bias_k)):
                 truncated(scale, 0.02)
+                if config.qk_maps == 2:
+                    scale += 1
                 bias.zero_()
         case S4DReal():
             states = torch.arange(1, module.order + 1, device=module.log_rate.device)

@@ -18,6 +18,7 @@ class SeqBoatConfig(PretrainedConfig):
         layers: int = 2,
         width: int = 32,
         qk_dim: int = 16,
+        qk_maps: int = 1,
         value_dim: int = 32,
         heads: int = 1,
         ffn_dim: int = 0,
@@ -32,7 +33,8 @@ class SeqBoatConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.layers, self.width = vocab_size, layers, width
-        self.qk_dim, self.value_dim, self.heads, self.ffn_dim = qk_dim, value_dim, heads, ffn_dim
+        self.qk_dim, self.qk_maps, self.value_dim = qk_dim, qk_maps, value_dim
+        self.heads, self.ffn_dim = heads, ffn_dim
         self.ema_order, self.window, self.modules = ema_order, window, modules
         self.configurator, self.ssm = configurator, ssm
         self.temperature_scale, self.rope_base, self.dropout = temperature_scale, rope_base, dropout

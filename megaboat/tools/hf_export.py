@@ -120,6 +120,7 @@ def _write_configs(folder: Path, config: RunConfig, tokenizer: Tokenizer, begin:
 def _seqboat_sizes(model: SeqBoatConfig) -> dict[str, Any]:
     training_only = {"family", "block", "calibrate"}
     return model.model_dump(exclude=training_only) | {
+        "qk_maps": model.qk_maps,
         "architectures": ["SeqBoatForCausalLM"],
         "model_type": "seqboat",
         "auto_map": {

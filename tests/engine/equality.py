@@ -44,6 +44,7 @@ class Layout(NamedTuple):
             model__vocab_size=VOCABULARY,
             model__layers=LAYERS,
             model__heads=4,
+            model__rope_base=30.0,  # at 10^4 pairs hardly turn in 24 tokens: the gradient of the keys' bias cancels
             train__global_batch=ROWS,
             train__micro_batch=ROWS // self.data // self.accumulation,
             train__checkpoint_activations=self.checkpointing,
@@ -107,7 +108,7 @@ def train(ranks: Ranks, config: RunConfig, steps: int = STEPS) -> Trace:
     torch.set_num_threads(1)
     ranks = ranks.in_mesh(config.parallel.tensor, config.parallel.sequence)
     model = build_model(config.model, seed=0)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(4)  # at 2, 3 and 5 that of a layer's temperature cancels
     for scale in (
         scale for block in model.blocks for scale in (block.sma.units[0].scale_q, block.sma.units[0].scale_k)
     ):

@@ -359,19 +359,20 @@ def test_rotary_heads(R: int, G: int, Z: int, dtype: torch.dtype, device: str) -
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("maps", [1, 2])
 @pytest.mark.parametrize(("R", "G", "Z"), [(70, 3, 12), (33, 1, 128), (0, 2, 4)])
-def test_rotary_pair(R: int, G: int, Z: int, dtype: torch.dtype, device: str) -> None:
+def test_rotary_pair(R: int, G: int, Z: int, maps: int, dtype: torch.dtype, device: str) -> None:
     positions_R = torch.randint(1_000_000, (R,))
     affine = {name: random(G, Z) for name in ("scale_q", "bias_q", "scale_k", "bias_k")}
 
     def fused(z: Tensor, scale_q: Tensor, bias_q: Tensor, scale_k: Tensor, bias_k: Tensor) -> Tensor:
-        place = positions_R.to(z.device), turns(z.shape[1], 1e4, z.device)
+        place = positions_R.to(z.device), turns(Z, 1e4, z.device)
         return torch.stack(rotary_triton.rotary_pair_triton(z, (scale_q, bias_q), (scale_k, bias_k), *place))
 
     def plain(z: Tensor, scale_q: Tensor, bias_q: Tensor, scale_k: Tensor, bias_k: Tensor) -> Tensor:
         return torch.stack(rotary_pair(z, (scale_q, bias_q), (scale_k, bias_k), positions_R, 1e4))
 
-    check(fused, plain, {"z": random(R, Z)} | affine, dtype, device, frozenset(affine))
+    check(fused, plain, {"z": random(R, maps * Z)} | affine, dtype, device, frozenset(affine))
 
 
 @pytest.mark.parametrize("device", DEVICES)

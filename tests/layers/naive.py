@@ -95,11 +95,12 @@ def gated_attention(H: np.ndarray, positions: list[int], w: Weights, window: int
     A, memory = [], []
     for h, position in zip(H, positions, strict=True):
         Z, R, V = silu(linear("z", w, h)), silu(linear("r", w, h)), silu(linear("v", w, h))
-        K = [rotary(Z * w["scale_k"][g] + w["bias_k"][g], position, base) for g in range(heads)]
+        of_queries, of_keys = (Z, Z) if len(Z) == w["scale_q"].shape[1] else np.split(Z, 2)
+        K = [rotary(of_keys * w["scale_k"][g] + w["bias_k"][g], position, base) for g in range(heads)]
         memory = [*memory, (K, np.split(V, heads))][-(window + 1) :]
         averages = []
         for g in range(heads):
-            Q = rotary(Z * w["scale_q"][g] + w["bias_q"][g], position, base)
+            Q = rotary(of_queries * w["scale_q"][g] + w["bias_q"][g], position, base)
             averages.append(attend(Q, [k[g] for k, _ in memory], [v[g] for _, v in memory]))
         A.append(linear("o", w, np.concatenate(averages) * R))
     return np.array(A)

@@ -51,12 +51,13 @@ def alternating(x_DN: Tensor) -> None:
     truncated(0.02)(x_DN - sign_N)
 
 
+SCALES = "GAU scales of q and k | TN(0.02), of two maps + 1; biases 0"
 TABLE = [  # the row of the docstring, the parameters it speaks of, the check
     ("embedding (tied head) | N(0, 1/width)", r"embedding\.weight", normal(WIDTH**-0.5)),
     ("linear weights | TN(0.02); biases 0", r".*\.(linear|logits|z|r|v|o|gate|up|down)\.weight", truncated(0.02)),
     ("linear weights | TN(0.02); biases 0", r".*\.(linear|logits|z|r|v|o)\.bias", constant(0)),
-    ("GAU scales of q and k | TN(0.02); biases 0", r".*\.scale_[qk]", truncated(0.02)),
-    ("GAU scales of q and k | TN(0.02); biases 0", r".*\.bias_[qk]", constant(0)),
+    (SCALES, r".*\.scale_[qk]", lambda scale: truncated(0.02)(scale - 1)),
+    (SCALES, r".*\.bias_[qk]", constant(0)),
     ("norms | scale 1, shift 0", r".*norm\.weight", constant(1)),
     ("norms | scale 1, shift 0", r".*norm\.bias", constant(0)),
     ("EMA smoothing, damping | TN(0.2)", r".*\.(smoothing|damping)", truncated(0.2)),
@@ -88,6 +89,12 @@ def test_each_row_of_the_table(row: str, pattern: str, check: Callable[[Tensor],
     assert parameters
     for parameter in parameters.values():
         check(parameter.detach())
+
+
+def test_scales_of_one_map_are_drawn_around_zero() -> None:
+    (block,) = build_model(SeqBoatConfig(block="paper", vocab_size=50, layers=1, width=WIDTH), 0).blocks
+    assert isinstance(block, SeqBoatBlock)
+    truncated(0.02)(block.sma.units[0].scale_q.detach())
 
 
 def test_the_table_is_complete() -> None:

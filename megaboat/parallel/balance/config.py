@@ -29,7 +29,7 @@ class BalanceConfig(Section):
     """Largest share, in the same way."""
     ratio_loss: float = pydantic.Field(0.0, ge=0)
     """Weight of a loss that pulls each layer towards `ratio_target`; its gradient reaches skipped tokens too."""
-    ratio_target: Share = 0.3
+    ratio_target: Share = 0.5
     """Share of tokens that the ratio loss pulls to."""
     z_loss: float = pydantic.Field(0.0, ge=0)
     """Weight of a loss on large logits."""
