@@ -19,8 +19,8 @@ def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = real_texts(60, max_chars=6000)
     train = write_jsonl(folder / "train.jsonl", texts[:50])
     # Every run ends with an evaluation of all of it, so there is little.
-    held_out = write_jsonl(folder / "val.jsonl", [text[:1500] for text in texts[50:54]])
-    tests = write_jsonl(folder / "test.jsonl", [text[:1500] for text in texts[54:56]])
+    held_out = write_jsonl(folder / "val.jsonl", [text[:600] for text in texts[50:54]])
+    tests = write_jsonl(folder / "test.jsonl", [text[:600] for text in texts[54:56]])
     train_tokenizer([train], 512, folder / "bpe.model")
     prepare(
         Request({"train": [train], "val": [held_out], "test": [tests]}, str(folder / "bpe.model"), folder / "tokens")
