@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", default="8,64,512,4096", metavar="N,N,...", help="default: 8,64,512,4096")
     parser.add_argument("--gpu", default="H200", choices=sorted(GPUS), help="default: H200")
     parser.add_argument(
-        "--activation", type=float, default=0.4, metavar="A", help="expected share of active tokens; default: 0.4"
+        "--activation", type=float, default=0.5, metavar="A", help="expected share of active tokens; default: 0.5"
     )
 
 
