@@ -108,7 +108,8 @@ def rotary_fwd_kernel(  # type: ignore[no-untyped-def]
     _, b_even, b_odd = load_pairs(z, o_row, o_p, m_rp, WIDTH)
     turn_heads(scale, bias, out, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS)
     if TWO:
-        _, b_even, b_odd = load_pairs(z + WIDTH - 2 * PAIRS, o_row, o_p, m_rp, WIDTH)
+        if WIDTH > 2 * PAIRS:
+            _, b_even, b_odd = load_pairs(z + 2 * PAIRS, o_row, o_p, m_rp, WIDTH)
         turn_heads(scale_2, bias_2, out_2, b_even, b_odd, b_cos, b_sin, o_row, o_p, m_rp, G, PAIRS)
 
 

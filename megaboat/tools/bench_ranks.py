@@ -11,8 +11,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from megaboat.engine.places import free_port
 from megaboat.engine.ranks import this_process
 from megaboat.errors import MegaboatError
 
+CONTEXT = multiprocessing.get_context("spawn")  # an interpreter of its own for each rank
 AFTERMATH = 10.0  # seconds that other ranks have to say what befell them too, once one has failed
 # How torch, CUDA, cuBLAS and NCCL say that a device is full.
 NO_ROOM = ("out of memory", "OutOfMemoryError", "ALLOC_FAILED", "cudaErrorMemoryAllocation")
@@ -39,11 +39,10 @@ class NoRoom(Failed):
 class Spares:
     """Processes that wait to become the ranks of a job."""
 
-    def __init__(self, ahead: int, context: SpawnContext | ForkServerContext | None = None) -> None:
-        """`ahead` processes are kept waiting, which `context` starts; left out: each with an interpreter of its own."""
-        self._context = context or multiprocessing.get_context("spawn")
+    def __init__(self, ahead: int) -> None:
+        """`ahead` processes are kept waiting."""
         self._ahead = ahead
-        self._waiting: list[tuple[BaseProcess, Connection]] = []
+        self._waiting: list[tuple[SpawnProcess, Connection]] = []
         self._refill(ahead)
 
     def run(
@@ -75,8 +74,8 @@ class Spares:
 
     def _refill(self, size: int) -> None:
         while len(self._waiting) < size:
-            mine, theirs = self._context.Pipe()
-            process = self._context.Process(target=_wait_and_run, args=(theirs,), daemon=True)
+            mine, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_wait_and_run, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._waiting.append((process, mine))

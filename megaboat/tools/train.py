@@ -24,7 +24,6 @@ from megaboat.engine.ranks import Ranks, this_process
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import StopRequest, write_outcome
 from megaboat.errors import BadInput, MegaboatError
-from megaboat.imports import load
 from megaboat.log import get_logger, setup_logging
 
 if TYPE_CHECKING:
@@ -80,5 +79,7 @@ def _train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
 
 def _pictures(out: Path) -> "dict[str, Figure]":
     """The report's, which one rank draws: importing matplotlib would cost every rank half a second of its start."""
-    data, figures = (load(f"megaboat.tools.report_{name}") for name in ("data", "figures"))
-    return figures.all_figures(data.read_run(out))
+    from megaboat.tools.report_data import read_run
+    from megaboat.tools.report_figures import all_figures
+
+    return all_figures(read_run(out))

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,7 +125,8 @@ def strange(ranks: Ranks, what: str) -> str:
 @pytest.mark.slow
 def test_what_becomes_of_a_job_is_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megaboat.tools.bench_ranks.AFTERMATH", 0.5)
-    spares = Spares(ahead=2, context=CONTEXT)
+    monkeypatch.setattr("megaboat.tools.bench_ranks.CONTEXT", CONTEXT)
+    spares = Spares(ahead=2)
     try:
         with pytest.raises(NoRoom, match="^RuntimeError: CUDA error: out of memory"):
             spares.run(strange, 2, "full")
@@ -151,7 +151,7 @@ def test_a_rank_has_an_interpreter_of_its_own() -> None:
 def test_layouts_train_alike(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaboat.tools.bench_scale.Spares", partial(Spares, context=CONTEXT))
+    monkeypatch.setattr("megaboat.tools.bench_ranks.CONTEXT", CONTEXT)
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(TREE))
     arguments = ["--steps", "1", "--checkpoint", str(tmp_path), "--row", "64", "--json", str(tmp_path / "scale.json")]
     layouts = "zero3,tensor2,sequence2"
