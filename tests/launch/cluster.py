@@ -17,6 +17,9 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "munge", "ip", "unshare", "nsenter")
 FIRST_PORT = 18000
 PATIENCE = 400.0  # seconds that a test waits on a busy machine
+# What a node may send: ranks that share a model wait for the cable most of the time, and leave the processors to other
+# tests while SLURM takes its time to notice something. A kernel without this queue lets them run on.
+SLOW = ("tbf", "rate", "40mbit", "burst", "16kb", "limit", "8mb")
 
 # cred_expire: how long a requeued job waits. Timers: a lost node is found after some 15 s instead of minutes.
 SLURM_CONF = """
@@ -250,7 +253,9 @@ class Cluster:
             self._call("ip", "link", "set", cable, "master", bridge, "up")
             self._call("ip", "-n", space, "addr", "add", f"{self._subnet}.{10 + number}/24", "dev", "eth0")
             self._call("ip", "-n", space, "link", "set", "eth0", "up")
-            self._call("ip", "-n", space, "link", "set", "lo", "up")
+            self._call("ip", "-n", space, "link", "set", "lo", "mtu", "1500", "up")
+            for device in ("lo", "eth0"):
+                self._ask("ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", device, "root", *SLOW)
 
 
 def _until(condition: Callable[[], bool], seconds: float, what: str) -> None:
