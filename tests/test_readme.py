@@ -68,6 +68,8 @@ NOT_A_READER_S = ("VIRTUAL_ENV", "PYTHONPATH", "OMP_NUM_THREADS")
 def start_in_clone(clone: Path, command: str) -> "subprocess.Popen[str]":
     """A command line as a terminal starts it: in a session of its own."""
     environment = {name: value for name, value in os.environ.items() if name not in NOT_A_READER_S}
+    # Its threads, one for each processor, share these with other tests: waiting busily, a step took ten times as long.
+    environment["OMP_WAIT_POLICY"] = "passive"
     environment["PATH"] = f"{Path(sys.base_prefix) / 'bin'}{os.pathsep}{environment['PATH']}"
     return subprocess.Popen(
         ["bash", "-c", command], cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
