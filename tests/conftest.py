@@ -42,10 +42,15 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+# Minutes each, and so that none of them begins when the other workers are nearly done.
+LONGEST = ("test_slurm.py", "test_readme.py", "test_study.py", "test_equality.py", "test_interpreter.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests begin first, beside which the others find their time; `gpu` needs a CUDA device."""
+    """The longest files begin first, then those with slow tests, beside which the others find their time; `gpu` needs
+    a CUDA device."""
     slow = {item.path for item in items if "slow" in item.keywords}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
     if torch.cuda.is_available():
         return
     for item in items:
