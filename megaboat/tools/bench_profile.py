@@ -37,7 +37,7 @@ GROUPS = {
     "configurator, plan, gathers": r"margin_|gather_rows|place_|flag_kernel|[sS]can|index_",
     "join of a layer's paths": r"join_",
     "layer norm": r"norm_(fwd|bwd)",
-    "gates, SiLU": r"gate_|silu",
+    "gates, SiLU": r"gate_|parts_|silu",
     "queries and keys": r"rotary_",
     "softmax of the head": r"cross_entropy",
     "gradients of several uses": r"\badd_kernel|CUDAFunctor_add",
