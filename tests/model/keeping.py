@@ -31,7 +31,6 @@ from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.model.config import SeqBoatConfig
 from megaboat.parallel.tensor import shard
-from tests.interpreter import look_once
 from tests.model.live import LiveBytes
 
 
@@ -66,7 +65,6 @@ def measure(case: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    look_once()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     kernels.ema, gate._silu_gate, kernels.join_rows = ema_triton, silu_gate_triton, join_rows_triton
     kernels.margins = margins_triton
