@@ -30,9 +30,11 @@ from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.generate import CHUNK, FixedStep
 from megaboat.model.llama import Llama
 from megaboat.model.seqboat import DecodingState, SeqBoat
+from megaboat.tools.bench_check import make_louder
 
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 16, 1 << 17)
 HEAD = 64
+CHECKED_WINDOW = 16
 
 Step = Callable[[Tensor], Tensor]
 
@@ -99,8 +101,8 @@ def run(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def measure(sizes: Sizes, device: str) -> Iterator[Row]:
     """All rows, SeqBoat first. Raises MegaboatError where its decoding is not its parallel forward."""
+    check(sizes, device)
     boat = _boat(sizes, device)
-    check(boat, sizes, device)
     state, read = boat.new_state(sizes.rows), 0
     for context in sizes.contexts:
         _read(boat, state, context - read, device)
@@ -131,16 +133,20 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def check(boat: SeqBoat, sizes: Sizes, device: str) -> None:
-    """Twelve tokens, eight of them one by one, against all at once. A fixed step is what is timed."""
-    tokens_BT = _tokens(sizes, 12, device)
-    state = boat.new_state(sizes.rows)
-    boat(tokens_BT[:, :4], Documents.whole(sizes.rows, 4, device, state.position_B), state=state)
+@torch.no_grad()
+def check(sizes: Sizes, device: str) -> None:
+    """A small model by the fixed step that is timed, one token at a time, against all at once; its rings go round."""
+    small = dataclasses.replace(sizes, layers=2, width=128, window=CHECKED_WINDOW)
+    boat, begin = _boat(small, device), 2 * CHECKED_WINDOW
+    make_louder(boat)
+    tokens_BT = _tokens(small, 3 * begin, device)
+    state = boat.new_state(small.rows)
+    boat(tokens_BT[:, :begin], Documents.whole(small.rows, begin, device, state.position_B), state=state)
     step = FixedStep(boat, state)
-    for tokens_B in tokens_BT[:, 4:].T:
-        logits_BV = step(tokens_B)
-    truth_BV = boat.head(boat(tokens_BT, Documents.whole(sizes.rows, 12, device)).hidden_BTD[:, -1])
-    error = float((logits_BV - truth_BV).norm() / truth_BV.norm())
+    logits_BTV = torch.stack([step(tokens_B).clone() for tokens_B in tokens_BT[:, begin:].T], 1)
+    hidden_BTD = boat(tokens_BT, Documents.whole(small.rows, 3 * begin, device)).hidden_BTD
+    truth_BTV = boat.head(hidden_BTD[:, begin:])
+    error = float((logits_BTV - truth_BTV).norm() / truth_BTV.norm())
     if not error < 1e-2:  # TF32 may be on
         raise MegaboatError(f"decoding is not the parallel forward: error {error:.1e}; nothing was timed")
 

@@ -25,14 +25,16 @@ from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import head_flops, planned_work, unit_flops
+from megaboat.tools.bench_check import check
 from megaboat.tools.bench_forced import forced
 from megaboat.tools.bench_timing import Ceilings, ceilings
-from megaboat.tools.bench_train import WARM_UP, Sizes, check, prepared, step_config, train_step
+from megaboat.tools.bench_train import WARM_UP, Sizes, prepared, step_config, train_step
 
 # The first pattern that is found in a kernel's name says what it is for.
+ATTENTION, PRODUCTS = "windowed attention", "matrix products"
 GROUPS = {
-    "windowed attention": r"flash|fmha",
-    "matrix products": r"nvjet|gemm|cutlass|splitK",
+    ATTENTION: r"flash|fmha",
+    PRODUCTS: r"nvjet|gemm|cutlass|splitK",
     "EMA": r"ema_(fwd|bwd)|pack_resets",
     "configurator, plan, gathers": r"margin_|gather_rows|place_|flag_kernel|[sS]can|index_",
     "join of a layer's paths": r"join_",
@@ -40,7 +42,7 @@ GROUPS = {
     "gates, SiLU": r"gate_|parts_|silu",
     "queries and keys": r"rotary_",
     "softmax of the head": r"cross_entropy",
-    "gradients of several uses": r"\badd_kernel|CUDAFunctor_add",
+    "gradients of several uses": r"\badd_kernel|CUDAFunctor_add|meet_",
     "gradients of biases": r"column_sum",
     "optimizer": r"FusedOptimizer|LpNorm|multi_tensor",
     "copies and casts": r"copy|Memcpy|Memset|Fill",
@@ -113,6 +115,9 @@ def grouped(kernels: dict[str, tuple[float, int]], floor_ms: dict[str, float]) -
         name = next((name for name, pattern in GROUPS.items() if re.search(pattern, kernel)), REST)
         sums[name][0] += ms
         sums[name][1] += calls
+    floor_ms = dict(floor_ms)
+    if ATTENTION not in sums and PRODUCTS in floor_ms:  # by its band, attention is products of a library
+        floor_ms[PRODUCTS] += floor_ms.get(ATTENTION, 0.0)
     groups = [Group(name, ms, int(calls), floor_ms.get(name)) for name, (ms, calls) in sums.items()]
     return sorted(groups, key=lambda group: -group.ms)
 
@@ -131,8 +136,8 @@ def floors(config: RunConfig, ratio: float | None, rates: Ceilings) -> dict[str,
     active = 2.0 * rows * (model.value_dim or 0) / rates.copy  # the same of the active rows' values
     share = ratio * narrow  # and of the rows themselves
     return {
-        "matrix products": 3 * (dense + rows * row) / rates.product,
-        "windowed attention": 3 * pairs * pair / rates.product,
+        PRODUCTS: 3 * (dense + rows * row) / rates.product,
+        ATTENTION: 3 * pairs * pair / rates.product,
         "EMA": 7 * narrow,  # x, y and y before SiLU; dy, that again, x and dx
         "configurator, plan, gathers": 3 * narrow + 3 * share + narrow,
         "join of a layer's paths": 4 * narrow + share + 3 * narrow + 2 * share,
@@ -146,11 +151,12 @@ def floors(config: RunConfig, ratio: float | None, rates: Ceilings) -> dict[str,
 def table(groups: list[Group], milliseconds: float) -> str:
     """One line a group, the host's share last."""
     busy = sum(group.ms for group in groups)
+    whole = max(busy, milliseconds)  # a watched step's kernels may take longer than a step that nobody watches
     lines = [f"{'what':<28}{'ms':>8}{'share':>7}{'kernels':>9}{'floor ms':>10}"]
     for group in groups:
         floor = "" if group.floor_ms is None else f"{group.floor_ms:.1f}"
-        lines.append(f"{group.name:<28}{group.ms:>8.1f}{group.ms / milliseconds:>7.1%}{group.kernels:>9}{floor:>10}")
-    waiting = max(0.0, milliseconds - busy)
-    lines.append(f"{'no kernel runs':<28}{waiting:>8.1f}{waiting / milliseconds:>7.1%}")
+        lines.append(f"{group.name:<28}{group.ms:>8.1f}{group.ms / whole:>7.1%}{group.kernels:>9}{floor:>10}")
+    waiting = whole - busy
+    lines.append(f"{'no kernel runs':<28}{waiting:>8.1f}{waiting / whole:>7.1%}")
     lines.append(f"{'the step':<28}{milliseconds:>8.1f}")
     return "\n".join(lines)

@@ -3,12 +3,12 @@
 Whole steps of the real engine: forward, backward, clipping, AdamW. SeqBoat's activation is forced: `random` activates
 each token by itself with the given probability, `runs` in stretches of 64 tokens on average. A micro-batch that does
 not fit is halved, and where not even one row fits, activations are recomputed, first those that a pass over memory
-gives again, then all; the table says so. Every row is measured, none is extrapolated. The model is first compared with
-fp64 on the same device; if it is wrong nothing is timed.
+gives again, then all; the table says so. Every row is measured, none is extrapolated. Small models are first compared
+with the equations in fp64 on the same device, in every mode; if one is wrong nothing is timed.
 
 Modes: exact waits once a layer for the number of active rows; capacity has a fixed number, 5 % above the busiest
 layer's, and waits for nothing; full has rows for every token, active or not; graph is capacity with forward and
-backward as one CUDA graph.
+backward as one CUDA graph; published computes as the published program does, by FFT and padded rows.
 
 examples:
   megaboat bench train --lengths 8192,32768 --json train.json
@@ -38,12 +38,14 @@ from megaboat.model.build import build_model
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
 from megaboat.model.flops import count_work, forward_flops, llama_flops, peak_flops
 from megaboat.model.seqboat import SeqBoat
+from megaboat.tools.bench_check import check, computed
 from megaboat.tools.bench_forced import forced
 from megaboat.tools.bench_graph import Captured
+from megaboat.tools.bench_published import PUBLISHED
 from megaboat.tools.plan_layout import configured_bytes
 
 WARM_UP = 3  # the first compiles, the next two settle the allocator
-MODES = ("exact", "capacity", "full", "graph")
+MODES = ("exact", "capacity", "full", "graph", "published")
 SPARE = 1.05  # rows of a layer over those of the busiest one
 
 RECOMPUTED = ("nothing", "elementwise", "all")
@@ -93,7 +95,7 @@ class Row:
     tokens_per_second: float
     spread: float
     """Half the distance between the slowest and the fastest step, over the median."""
-    peak_gb: float
+    peak_gib: float
     mfu: float | None
     """Useful work, activated rows only, over the device's peak; None where that is unknown."""
     problem: str = ""
@@ -164,7 +166,7 @@ def _sizes(arguments: argparse.Namespace) -> Sizes:
 
 HEADER = (
     f"{'model':<9}{'tokens a row':>13}{'active':>8}{'pattern':>9}{'mode':>10}{'rows':>6}{'recomputed':>13}"
-    f"{'tokens/s':>11}{'+-':>6}{'x Llama':>9}{'peak GB':>9}{'plan off':>10}{'MFU':>7}"
+    f"{'tokens/s':>11}{'+-':>6}{'x Llama':>9}{'peak GiB':>9}{'plan off':>10}{'MFU':>7}"
 )
 
 
@@ -180,7 +182,7 @@ def line(row: Row, before: Sequence[Row]) -> str:
         return f"{said}  {row.problem}"
     return (
         f"{said}{row.recomputed:>13}{row.tokens_per_second:>11,.0f}{row.spread:>6.1%}{ratio:>9}"
-        f"{row.peak_gb:>9.1f}{off:>10}{mfu:>7}"
+        f"{row.peak_gib:>9.1f}{off:>10}{mfu:>7}"
     )
 
 
@@ -259,10 +261,11 @@ def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int
     ratio, pattern, mode = case
     rows, length, micro_batch = config.train.global_batch, config.data.seq_len, config.train.micro_batch
     what = (name, length, ratio, pattern, mode, micro_batch, _recomputed(config))
-    with forced(engine.module, micro_batch * length, ratio, pattern, ranks.device) as busiest:
+    way = computed(PUBLISHED if mode == "published" else {})
+    with way, forced(engine.module, micro_batch * length, ratio, pattern, ranks.device) as busiest:
         if isinstance(engine.module, SeqBoat):
             share = 1.0 if mode == "full" else min(1.0, SPARE * busiest)
-            engine.module.capacity = None if mode == "exact" else share
+            engine.module.capacity = None if mode in ("exact", "published") else share
         step: Step = train_step
         if mode == "graph":
             try:
@@ -358,29 +361,6 @@ def train_step(engine: Engine, config: RunConfig, ranks: Ranks) -> tuple[float, 
         return 3 * llama_flops(config.model, rows * length, length), None
     flops = sum(3 * forward_flops(config.model, micro_batch * length, work) for work in works)
     return flops, float(torch.stack(ratios).mean())
-
-
-def check(device: torch.device, precision: str) -> None:
-    """Loss and gradients of a small model in the precision that is timed, against fp64 with the same decisions."""
-    config = SeqBoatConfig(block="scaled", vocab_size=500, layers=2, width=128, window=40)
-    tokens_BT = torch.randint(500, (2, 301), generator=torch.Generator().manual_seed(0)).to(device)
-    docs = Documents.whole(2, 300, device)
-    results = []
-    for wide in (False, True):
-        model = build_model(config, 0).to(device)
-        if wide:
-            model.double()
-        enabled = precision == "bf16" and not wide
-        with forced(model, 600, 0.4, "random", device), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            nll = model(tokens_BT[:, :-1], docs, tokens_BT[:, 1:].contiguous()).nll
-        nll.backward()
-        gradients = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
-        results.append((float(nll.detach()), torch.cat(gradients)))
-    (nll, gradient), (true_nll, truth) = results
-    errors = abs(nll / true_nll - 1), float((gradient - truth).norm() / truth.norm())
-    allowed = (1e-3, 3e-2) if precision == "bf16" else (1e-5, 1e-4)
-    if not all(error <= most for error, most in zip(errors, allowed, strict=True)):
-        raise MegaboatError(f"the model is wrong: loss off by {errors[0]:.1e}, gradient by {errors[1]:.1e}; not timed")
 
 
 def _forget_peak(device: torch.device) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from megaboat.errors import MegaboatError
+from megaboat.layers.gau import GatedAttentionUnit
+from megaboat.layers.memory import WorkingMemory
 from megaboat.model.seqboat import SeqBoat
 from megaboat.tools import bench_decode
 from megaboat.tools.bench_decode import Sizes, measure, table
@@ -31,7 +33,7 @@ def test_every_context_is_really_read(monkeypatch: pytest.MonkeyPatch) -> None:
     step = SeqBoat.step
     monkeypatch.setattr(SeqBoat, "step", lambda *args: places.append(int(args[2].position_B[0])) or step(*args))
     list(measure(TOY, "cpu"))
-    timed = places[8:]  # after the check's
+    timed = places[-3 * TOY.steps :]  # after the check's
     assert timed == [*range(16, 32), *range(64, 80), *range(256, 272)]
 
 
@@ -41,6 +43,25 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_decode, "_row", lambda *_: pytest.fail("timed a wrong step"))
     with pytest.raises(MegaboatError, match="not the parallel forward"):
         list(measure(TOY, "cpu"))
+
+
+def test_a_ring_that_does_not_go_round_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest row stays in the last slot instead of replacing the oldest."""
+    push = WorkingMemory.push
+
+    def stuck(self: WorkingMemory, *args: torch.Tensor) -> None:
+        self.count_B.clamp_(max=self.z_BSZ.shape[1] - 1)
+        push(self, *args)
+
+    monkeypatch.setattr(WorkingMemory, "push", stuck)
+    with pytest.raises(MegaboatError, match="not the parallel forward"):
+        bench_decode.check(TOY, "cpu")
+
+
+def test_a_step_without_attention_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GatedAttentionUnit, "step", lambda self, h_BD, *_: torch.zeros_like(h_BD))
+    with pytest.raises(MegaboatError, match="not the parallel forward"):
+        bench_decode.check(TOY, "cpu")
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,14 @@ def test_a_wrong_kernel_is_not_timed(section: str, monkeypatch: pytest.MonkeyPat
         measure([SECTIONS[section]], "cpu", milliseconds=0.1)
 
 
+@pytest.mark.parametrize("name", ["compress", "extract"])
+def test_rows_with_half_their_gradient_are_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda x, rows: (right(x, rows) + right(x.detach(), rows)) / 2)
+    with pytest.raises(MegaboatError, match=f"{name}, gradient 1 is wrong"):
+        measure([SECTIONS["rows"]], "cpu", milliseconds=0.1)
+
+
 def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MegaboatError, match="CUDA"):

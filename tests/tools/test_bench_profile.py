@@ -38,6 +38,24 @@ def test_kernels_are_grouped_by_purpose_the_longest_first() -> None:
     assert lines[-2].split()[-2:] == ["1.9", "19.0%"]
 
 
+def test_attention_by_its_band_has_its_floor_among_the_products() -> None:
+    floor_ms = {"matrix products": 2.0, "windowed attention": 0.5}
+    kernels = {"nvjet_sm90": (3.0, 4), "band_softmax_kernel": (0.1, 1)}
+    assert [(group.name, group.floor_ms) for group in grouped(kernels, floor_ms)] == [
+        ("matrix products", 2.5),
+        (REST, None),
+    ]
+    flash = grouped(kernels | {"flash_fwd": (1.0, 1)}, floor_ms)
+    assert {group.name: group.floor_ms for group in flash} == floor_ms | {REST: None}
+
+
+def test_shares_add_up_where_a_watched_step_is_slower() -> None:
+    shares = [
+        float(line.split("%")[0].split()[-1]) for line in table(grouped({"nvjet": (6, 1)}, {}), 5.0).splitlines()[1:-1]
+    ]
+    assert shares == [100.0, 0.0]
+
+
 def test_floors_count_the_products_and_the_bytes() -> None:
     found = floors(config(MODEL), 0.25, Ceilings(copy=1e3, product=1e6))
     tokens, rows = 64, 2 * 64 * 0.25
