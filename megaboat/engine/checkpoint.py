@@ -56,10 +56,12 @@ class Checkpoint:
     """A committed checkpoint on disk, read tensor by tensor."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises BadInput for a whole checkpoint in another format, DamagedData where the format itself is damaged."""
         self.folder = folder
         self.state: dict[str, Any] = read_json(folder / "state.json")
         found = self.state.get("format") if isinstance(self.state, dict) else None
         if found != FORMAT:
+            self.verify()
             raise BadInput(f"{folder}: written in format {found!r}, this version of megaboat reads {FORMAT!r}")
 
     @property

@@ -12,7 +12,6 @@ import torch
 from megaboat.config import build_config
 from megaboat.engine import checkpoint
 from megaboat.engine.checkpoint import (
-    Checkpoint,
     CheckpointWriter,
     NotSaved,
     committed,
@@ -24,6 +23,7 @@ from megaboat.engine.pinned import HostCopies, free_memory
 from megaboat.engine.ranks import Ranks
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput, DamagedData
+from megaboat.log import get_logger
 from tests.distributed import run_on_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -80,12 +80,36 @@ def test_nothing_whole_is_refused_rather_than_started_again(tmp_path: Path) -> N
         find_checkpoint(tmp_path)
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    folder = save(tmp_path, 5)
-    state = json.loads((folder / "state.json").read_text()) | {"format": "megaboat-checkpoint/9"}
-    (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(BadInput, match="megaboat-checkpoint/9"):
-        Checkpoint(folder)
+def test_another_format_is_refused_however_sound_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+    monkeypatch.setattr(checkpoint, "FORMAT", "megaboat-checkpoint/9")
+    save(tmp_path, 10)
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="step-10: written in format 'megaboat-checkpoint/9'"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_flipped_byte_in_the_format_is_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)  # setup_logging, perhaps called by other tests, ends it
+    save(tmp_path, 5)
+    path = save(tmp_path, 10) / "state.json"
+    sound = path.read_bytes()
+    line = next(line for line in sound.splitlines(keepends=True) if b"format" in line)
+    start = sound.index(line)
+    for place in range(start, start + len(line)):
+        for flip in (0x01, 0x80):  # to another character, and to none
+            caplog.clear()
+            path.write_bytes(sound[:place] + bytes([sound[place] ^ flip]) + sound[place + 1 :])
+            found = find_checkpoint(tmp_path)
+            assert found is not None
+            assert found.folder.name == "step-5", (place, flip)
+            (said,) = caplog.messages
+            assert said.startswith(str(path)), (place, flip)
+            assert said.endswith("trying the checkpoint before it"), (place, flip)
 
 
 def test_a_crashed_machine_does_not_block_the_metrics(tmp_path: Path) -> None:
