@@ -101,6 +101,15 @@ def _hole(dataset: Dataset, names: list[str], from_window: int, block: str) -> H
 
 
 def _check_row_lengths(config: DataConfig) -> None:
-    for length in [config.row_len, *(phase.row_len for phase in config.phases)]:
+    phases = (("data.phases: row_len", phase.row_len) for phase in config.phases)
+    for key, length in [("data.row_len", config.row_len), *phases]:
         if length is not None and (length < 1 or config.seq_len % length):
-            raise BadInput(f"row_len {length:,} does not divide data.seq_len {config.seq_len:,}")
+            raise BadInput(
+                f"{key} {length:,} does not divide data.seq_len {config.seq_len:,}; set row_len to "
+                f"{_nearest_divisor(config.seq_len, length)}, for example"
+            )
+
+
+def _nearest_divisor(size: int, wanted: int) -> int:
+    divisors = (n for n in range(1, size + 1) if size % n == 0)
+    return min(divisors, key=lambda divisor: abs(divisor - wanted))

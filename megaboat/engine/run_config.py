@@ -11,7 +11,13 @@ from megaboat.engine.optim import OptimConfig
 from megaboat.errors import BadInput
 from megaboat.model.config import ModelConfig, SeqBoatConfig
 from megaboat.parallel.balance.config import BalanceConfig
-from megaboat.parallel.obstacles import capacity_obstacle, exchange_obstacle, sequence_obstacle, tensor_obstacle
+from megaboat.parallel.obstacles import (
+    capacity_obstacle,
+    exchange_obstacle,
+    ranks_obstacle,
+    sequence_obstacle,
+    tensor_obstacle,
+)
 
 
 class TrainConfig(Section):
@@ -141,6 +147,7 @@ class RunConfig(Section):
         obstacle = tensor_obstacle(self.model, tensor) or sequence_obstacle(self.model, lengths, sequence)
         obstacle = obstacle or exchange_obstacle(self.model, exchange, together)
         obstacle = obstacle or capacity_obstacle(self.model, self.train.capacity, sequence, exchange)
+        obstacle = obstacle or ranks_obstacle(ranks, tensor, sequence)
         if self.train.recompute_elementwise and self.model.family != "seqboat":
             obstacle = (
                 f"train.recompute_elementwise is for model.family seqboat, not {self.model.family}; "
@@ -150,10 +157,6 @@ class RunConfig(Section):
             raise BadInput(obstacle)
         if ranks % exchange:
             raise BadInput(f"{ranks} ranks are not a multiple of balance.exchange {exchange}; set it to a divisor")
-        if ranks % together:
-            raise BadInput(
-                f"{ranks} ranks are not a multiple of parallel.tensor {tensor} x parallel.sequence {sequence}"
-            )
         shares = ranks // together
         rows = shares * self.train.micro_batch
         if self.train.global_batch % rows:

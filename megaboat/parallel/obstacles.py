@@ -1,5 +1,7 @@
 """Why a model or its rows cannot be cut as asked: of configurations alone, without torch."""
 
+import math
+
 from megaboat.model.config import ModelConfig, SeqBoatConfig
 
 
@@ -43,14 +45,32 @@ def capacity_obstacle(config: ModelConfig, capacity: float | None, sequence: int
 
 
 def sequence_obstacle(config: ModelConfig, lengths: set[int], sequence: int) -> str | None:
-    """Why rows of these lengths cannot be cut over `sequence` ranks, with the numbers; None where they can."""
+    """Why rows of these lengths cannot be cut over `sequence` ranks, with the remedy; None where they can."""
     if sequence > 1 and not isinstance(config, SeqBoatConfig):
         return f"parallel.sequence {sequence} is for model.family seqboat, not {config.family}; set parallel.sequence=1"
     if sequence > 1 and isinstance(config, SeqBoatConfig) and config.ssm in ("s4d-lin", "s5"):
-        return f"parallel.sequence {sequence} hands on real states, and model.ssm {config.ssm} has none; set it to 1"
+        return (
+            f"parallel.sequence {sequence} hands on real states, and model.ssm {config.ssm} has none; "
+            "set parallel.sequence=1"
+        )
     uneven = min((length for length in lengths if length % sequence), default=None)
+    if uneven is None:
+        return None
     return (
-        None
-        if uneven is None
-        else f"rows of {uneven} tokens cannot be cut into parallel.sequence {sequence} equal pieces"
+        f"rows of {uneven} tokens cannot be cut into parallel.sequence {sequence} equal pieces; set data.seq_len (or a "
+        f"row_len that divides it) to {uneven + -uneven % sequence}, for example, or "
+        f"parallel.sequence={math.gcd(sequence, *lengths)}"
+    )
+
+
+def ranks_obstacle(ranks: int, tensor: int, sequence: int) -> str | None:
+    """Why so many ranks cannot be dealt into groups of `tensor` x `sequence`, with the remedy; None where they can."""
+    rest = ranks % (tensor * sequence)
+    if rest == 0:
+        return None
+    fewer = math.gcd(tensor, ranks)
+    return (
+        f"{ranks} ranks are not a multiple of parallel.tensor {tensor} x parallel.sequence {sequence}; start "
+        f"{ranks - rest + tensor * sequence} ranks, for example, or set parallel.tensor={fewer} "
+        f"parallel.sequence={math.gcd(sequence, ranks // fewer)}"
     )

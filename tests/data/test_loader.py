@@ -335,7 +335,11 @@ def test_another_tokenizer_is_refused(dataset: Dataset, dataset_folder: Path, tm
         ({"weights": {"lb": 1}}, "no source 'lb'; did you mean 'lib'"),
         ({"weights": {"lib": -1}}, "negative weight -1"),
         ({"weights": {"lib": 0}}, "all weights are zero"),
-        ({"row_len": 48}, "48 does not divide data.seq_len 64"),
+        ({"row_len": 48}, "data.row_len 48 does not divide data.seq_len 64; set row_len to 32, for example"),
+        (
+            {"phases": [Phase(from_window=65_536, row_len=100)]},
+            "data.phases: row_len 100 does not .*; set row_len to 64",
+        ),
         ({"phases": [Phase(from_window=100)]}, "must be a multiple of 65,536"),
         ({"shuffle": "contiguous"}, "takes one source and no phases; .* has 3"),
         ({"seq_len": 1 << 20}, "fewer than two windows of 1,048,576; shorten data.seq_len"),

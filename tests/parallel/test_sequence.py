@@ -148,10 +148,17 @@ def test_traffic_by_hand() -> None:
 @pytest.mark.parametrize(
     ("tree", "wrong"),
     [
-        ({"data": {"seq_len": 50}}, r"rows of 50 tokens cannot be cut into parallel.sequence 4 equal pieces"),
-        ({"data": {"seq_len": 64, "row_len": 2}}, r"rows of 2 tokens cannot be cut into parallel.sequence 4"),
+        (
+            {"data": {"seq_len": 50}},
+            r"rows of 50 tokens cannot be cut into parallel.sequence 4 equal pieces; set data.seq_len \(or .*\) to 52, "
+            "for example, or parallel.sequence=2",
+        ),
+        ({"data": {"seq_len": 63, "row_len": 3}}, "rows of 3 tokens .* to 4, for example, or parallel.sequence=1"),
         ({"model": {"family": "llama"}}, "parallel.sequence 4 is for model.family seqboat"),
-        ({"model": {"ssm": "s4d-lin"}}, "hands on real states, and model.ssm s4d-lin has none"),
+        (
+            {"model": {"ssm": "s4d-lin"}},
+            "hands on real states, and model.ssm s4d-lin has none; set parallel.sequence=1",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused(tree: dict, wrong: str) -> None:

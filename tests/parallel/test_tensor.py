@@ -97,7 +97,7 @@ def test_what_cannot_be_cut_is_refused(model: dict[str, Any], wrong: str) -> Non
 def test_ranks_must_be_whole_copies() -> None:
     tree = {"model": {"heads": 4}, "parallel": {"tensor": 2}, "train": {"global_batch": 6, "micro_batch": 2}}
     config = build_config(RunConfig, tree, "test")
-    with pytest.raises(BadInput, match=r"3 ranks are not a multiple of parallel\.tensor 2 x"):
+    with pytest.raises(BadInput, match=r"3 ranks are not a multiple of parallel\.tensor 2 x .*; start 4 ranks"):
         config.check_world(3)
     with pytest.raises(BadInput, match=r"6 is not a multiple of 2 shares of the data \(2 ranks each\) x train.micro_b"):
         config.check_world(4)
