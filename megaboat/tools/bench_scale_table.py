@@ -9,7 +9,7 @@ import torch
 from megaboat.engine.run_config import RunConfig
 from megaboat.model.flops import training_flops
 from megaboat.tools.bench_scale_rank import WARM_UP, Measured
-from megaboat.tools.plan_layout import configured_bytes, rank_parameters
+from megaboat.tools.plan_layout import GPUS, configured_bytes, configured_layout, rank_parameters, step_seconds
 
 GB = 1e9
 
@@ -33,6 +33,8 @@ class Compared:
     found: Measured
     planned_bytes: float
     planned_flops: float
+    planned_seconds: float | None
+    """None on a device that the planner does not know."""
 
     @property
     def bytes_off(self) -> float | None:
@@ -43,17 +45,21 @@ class Compared:
     def flops_off(self) -> float:
         return self.planned_flops / self.found.flops - 1
 
+    @property
+    def seconds_off(self) -> float | None:
+        return None if self.planned_seconds is None else self.planned_seconds / self.found.seconds - 1
+
     def figures(self) -> dict[str, Any]:
         """For a JSON file."""
-        plan = {"planned_bytes": self.planned_bytes, "planned_flops": self.planned_flops}
-        return dataclasses.asdict(self.found) | plan | {"bytes_off": self.bytes_off, "flops_off": self.flops_off}
+        names = ("planned_bytes", "planned_flops", "planned_seconds", "bytes_off", "flops_off", "seconds_off")
+        return dataclasses.asdict(self.found) | {name: getattr(self, name) for name in names}
 
 
 def compare(case: Case, found: Measured) -> Compared:
     """The plan is asked at the activation that was measured."""
     activation = found.activation
     planned = configured_bytes(case.config, case.gpus, activation)
-    return Compared(case.name, found, planned, planned_flops(case, activation))
+    return Compared(case.name, found, planned, planned_flops(case, activation), planned_seconds(case, found))
 
 
 def verdict(compared: Sequence[Compared]) -> str:
@@ -61,6 +67,7 @@ def verdict(compared: Sequence[Compared]) -> str:
     offs = {
         "memory": [(one.bytes_off, one.name) for one in compared if one.bytes_off is not None],
         "operations": [(one.flops_off, one.name) for one in compared],
+        "time": [(one.seconds_off, one.name) for one in compared if one.seconds_off is not None],
     }
     parts = []
     for what, found in offs.items():
@@ -79,8 +86,18 @@ def planned_flops(case: Case, activation: float) -> float:
     return training_flops(case.config.model, tokens, length, activation, again, to_the_end, tensor)
 
 
+def planned_seconds(case: Case, found: Measured) -> float | None:
+    """Of one step at the activation that was measured."""
+    gpu = next((gpu for name, gpu in GPUS.items() if name in found.device), None)
+    if gpu is None:
+        return None
+    layout = configured_layout(case.config, case.gpus)
+    parameters = rank_parameters(case.config, layout.tensor)
+    return sum(step_seconds(case.config, parameters, layout, gpu, found.activation))
+
+
 HEADER = (
-    f"{'':<11}{'GPUs':>5}{'rows':>6}{'micro':>7}{'tokens/s':>11}{'+-':>6}{'of 2 x one':>12}"
+    f"{'':<11}{'GPUs':>5}{'rows':>6}{'micro':>7}{'tokens/s':>11}{'+-':>6}{'plan off':>10}{'of 2 x one':>12}"
     f"{'peak GB':>9}{'planned':>9}{'off':>7}{'TFLOP':>10}{'planned':>10}{'off':>7}"
     f"{'loss apart':>12}{'norm':>9}{'active':>8}{'took, s':>9}"
 )
@@ -116,9 +133,10 @@ def line(case: Case, compared: Compared, before: dict[str, tuple[Case, Measured]
         norms = f"{max(abs(a / b - 1) for a, b in zip(found.norms, one_gpu.norms, strict=True)):.1e}"
     peak = "" if found.peak_bytes is None else f"{found.peak_bytes / GB:.2f}"
     off = "" if compared.bytes_off is None else f"{compared.bytes_off:+.1%}"
+    late = "" if compared.seconds_off is None else f"{compared.seconds_off:+.1%}"
     return (
         f"{case.name:<11}{case.gpus:>5}{train.global_batch:>6}{train.micro_batch:>7}{speed:>11,.0f}"
-        f"{found.spread:>6.1%}{relative:>12}{peak:>9}{compared.planned_bytes / GB:>9.2f}{off:>7}"
+        f"{found.spread:>6.1%}{late:>10}{relative:>12}{peak:>9}{compared.planned_bytes / GB:>9.2f}{off:>7}"
         f"{found.flops / 1e12:>10.4g}{compared.planned_flops / 1e12:>10.4g}{compared.flops_off:>+7.1%}"
         f"{losses:>12}{norms:>9}{found.activation:>8.3f}{took:>9.0f}"
     )
@@ -133,7 +151,8 @@ def sentence(compared: Compared, took: float) -> str:
     if found.start_bytes is not None:
         memory += f", {found.start_bytes / GB:.2f} GB at the start"
     flops = f"{found.flops / 1e12:.4g} TFLOP, planned {compared.planned_flops / 1e12:.4g} ({compared.flops_off:+.1%})"
-    return f"{found.seconds:.1f} s a step, {memory}, {flops}; took {took:.0f} s"
+    late = "" if compared.seconds_off is None else f" (the plan {compared.seconds_off:+.1%})"
+    return f"{found.seconds:.1f} s a step{late}, {memory}, {flops}; took {took:.0f} s"
 
 
 def checkpoint_line(found: dict[str, float]) -> str:

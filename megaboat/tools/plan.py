@@ -19,12 +19,19 @@ from megaboat.model.flops import training_flops
 from megaboat.model.memory import Memory, Parameters, starting_bytes
 from megaboat.parallel.sequence import traffic
 from megaboat.tools.plan_layout import (
+    GAPS,
     GPUS,
+    HOST_BANDWIDTH,
+    HOST_LINK,
     IMBALANCE,
     NODE,
+    SEQUENCE_SECONDS,
+    STAGE_3_SECONDS,
     USABLE,
     Gpu,
     Layout,
+    cut_obstacle,
+    large_enough,
     layout_memory,
     layouts,
     micro_steps,
@@ -54,10 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     counts, activation, name = gpu_counts(arguments.gpus), arguments.activation, arguments.gpu
     if not 0 <= activation <= 1:
         raise BadInput(f"--activation {activation:g}: a share of tokens, from 0 to 1")
-    parameters = rank_parameters(config, 1)
+    parameters, first = rank_parameters(config, 1), first_count(config, counts)
     print(f"{arguments.config}: {parameters.total / 1e6:,.1f} M parameters\n")
     print(flops_table(config, parameters, activation), end="\n\n")
-    print(memory_table(config, counts[0], activation), end="\n\n")
+    print(memory_table(config, first, activation), end="\n\n")
     print(layout_table(config, counts, GPUS[name], activation, name), end="\n\n")
     if config.parallel.sequence > 1 and isinstance(config.model, SeqBoatConfig):
         print(border_table(config, config.model, activation), end="\n\n")
@@ -79,6 +86,16 @@ def gpu_counts(text: str) -> list[int]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise BadInput(f"--gpus {text!r}: expected numbers such as 8,64,512")
     return [int(part) for part in parts]
+
+
+def first_count(config: RunConfig, counts: list[int]) -> int:
+    """The first number of GPUs over which the model and its rows can be cut as configured. Raises BadInput for none."""
+    cuts = config.parallel.tensor, config.parallel.sequence
+    obstacles = {gpus: cut_obstacle(config, gpus, *cuts) for gpus in counts}
+    found = next((gpus for gpus, said in obstacles.items() if said is None), None)
+    if found is None:
+        raise BadInput(f"on {counts[0]} GPUs: {obstacles[counts[0]]}")
+    return found
 
 
 def flops_table(config: RunConfig, parameters: Parameters, activation: float) -> str:
@@ -114,7 +131,19 @@ def memory_table(config: RunConfig, gpus: int, activation: float) -> str:
             lines.append(
                 f"{zero:<6}{'on' if checkpointing else 'off':<13}{cells}{'  <- as configured' if mine else ''}"
             )
-    return "\n".join([*lines, start_line(config, parameters, gpus)])
+    try:
+        config.check_world(gpus)
+    except BadInput as error:
+        lines.append(f"as configured it does not train on {gpus} GPUs: {error}")
+    return "\n".join([*lines, *host_line(config, parameters, gpus), start_line(config, parameters, gpus)])
+
+
+def host_line(config: RunConfig, parameters: Parameters, gpus: int) -> list[str]:
+    """GB of the host's memory, where AdamW lies there."""
+    if config.parallel.offload == "none":
+        return []
+    mine = 12 * parameters.total / (gpus // config.parallel.tensor) / GB
+    return [f"AdamW takes {mine:.2f} GB a rank of the host's memory, {mine * min(gpus, NODE):.2f} GB a node"]
 
 
 def start_line(config: RunConfig, parameters: Parameters, gpus: int) -> str:
@@ -140,16 +169,17 @@ def border_table(config: RunConfig, model: SeqBoatConfig, activation: float) -> 
     return "\n".join([title, *(f"{size / 1e6:>12,.1f}  {word}" for size, word in zip(found, words, strict=True))])
 
 
-def layout_table(config: RunConfig, counts: list[int], gpu: Gpu, activation: float, name: str) -> str:
+def layout_table(given: RunConfig, counts: list[int], gpu: Gpu, activation: float, name: str) -> str:
     """The recommended layout for each number of GPUs, or what stands in its way."""
-    batch = config.train.global_batch * config.data.seq_len
     head = f"{'GPUs':>6}{'tensor':>8}{'sequence':>10}{'zero':>6}{'micro':>7}{'accum':>7}{'checkpoints':>13}"
     head += f"{'GB worst':>10}{'GB sent':>10}"
     lines = [
-        f"recommended on {name}, global batch {config.train.global_batch} x {config.data.seq_len:,}",
+        f"recommended on {name}, global batch {given.train.global_batch} x {given.data.seq_len:,}",
         head + f"{'s computing':>13}{'s waiting':>11}{'tokens/s/GPU at best':>22}",
     ]
     for gpus in counts:
+        config = large_enough(given, gpus)
+        batch = config.train.global_batch
         layout = recommend(config, gpus, gpu, activation)
         if layout is None:
             lines.append(f"{gpus:>6}  {obstacle(config, gpus, gpu)}")
@@ -158,11 +188,12 @@ def layout_table(config: RunConfig, counts: list[int], gpu: Gpu, activation: flo
         worst = layout_memory(config, parameters, layout, 1.0).total / GB
         sent = sent_bytes(config, parameters, layout) / GB
         computing, waiting = step_seconds(config, parameters, layout, gpu, activation)
-        rate = batch / gpus / (computing + waiting)
+        rate = batch * config.data.seq_len / gpus / (computing + waiting)
+        larger = f"  with train.global_batch={batch}" if batch > given.train.global_batch else ""
         lines.append(
             f"{gpus:>6}{layout.tensor:>8}{layout.sequence:>10}{layout.zero:>6}{layout.micro_batch:>7}"
             f"{micro_steps(config, layout):>7}{'on' if layout.checkpointing else 'off':>13}{worst:>10.1f}{sent:>10.2f}"
-            f"{computing:>13.3f}{waiting:>11.3f}{rate:>22,.0f}"
+            f"{computing:>13.3f}{waiting:>11.3f}{rate:>22,.0f}{larger}"
         )
     return "\n".join(lines)
 
@@ -171,10 +202,7 @@ def obstacle(config: RunConfig, gpus: int, gpu: Gpu) -> str:
     """Why no layout was found, and the remedy."""
     if any(layouts(config, gpus)):
         return f"nothing fits in {USABLE * gpu.memory / GB:.0f} GB: shorten data.seq_len or take more GPUs"
-    batch = config.train.global_batch
-    return (
-        f"a global batch of {batch} rows cannot be dealt to them; train.global_batch={-(-batch // gpus) * gpus} could"
-    )
+    return f"nothing can be cut over them: {cut_obstacle(config, gpus, 1, 1)}"
 
 
 def assumptions(gpu: Gpu) -> str:
@@ -184,8 +212,13 @@ def assumptions(gpu: Gpu) -> str:
             "assumptions: rows are single documents; parameters, AdamW and gradients in fp32, products in bf16;",
             f"  {gpu.products / 1e12:,.0f} TFLOP/s in products, {gpu.bandwidth / 1e12:.1f} TB/s of memory, "
             f"{gpu.link / 1e9:.0f} GB/s within nodes of {NODE}, {gpu.network / 1e9:.0f} GB/s a GPU between them;",
-            f"  the busiest rank has {IMBALANCE:g} times the mean work; stages 0 to 2 do not hide communication, stage",
-            f"  3 hides as much as it computes; {USABLE:.0%} of memory is usable. Gaps between kernels, evaluation,",
-            "  checkpoints and data are left out: a step takes longer, a small model's several times as long.",
+            f"  the busiest rank has {IMBALANCE:g} times the mean work, and work takes {GAPS:g} times its floors;",
+            "  stages 0 to 2 do not hide communication, stage 3 hides as much as it computes and takes",
+            f"  {1e3 * STAGE_3_SECONDS:g} ms more for each block that is gathered or cut; pieces of rows wait "
+            f"{1e3 * SEQUENCE_SECONDS:g} ms in a block;",
+            f"  {USABLE:.0%} of memory is usable; an optimizer in the host's memory has {HOST_BANDWIDTH / 1e9:g} GB/s",
+            f"  a node and {HOST_LINK / 1e9:g} GB/s a GPU on the way. Evaluation, checkpoints and data are left out.",
+            "  Small models, whose kernels are shorter than their launches, and GPUs full to the last gigabyte",
+            "  take up to three times as long.",
         ]
     )

@@ -1,15 +1,21 @@
-"""Which layout for how many GPUs: what fits, and of that the fastest by a simulation with few, printed assumptions."""
+"""Which layout for how many GPUs: what fits, and of that the fastest by a simulation with few, printed assumptions.
+
+Three of its figures are fitted to steps of the 1b configuration on one and two H200s (docs/performance.md, "Several
+GPUs", which shows how near they come): how much longer than its floors a step takes, and what a block costs besides
+under ZeRO-3 and under sequence parallelism.
+"""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megaboat.engine.run_config import RunConfig, effective_stage
+from megaboat.errors import BadInput
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.flops import training_flops
 from megaboat.model.memory import Memory, Parameters, count_parameters, layer_bytes, llama_layer_bytes, training_memory
 from megaboat.parallel import tensor as cut
-from megaboat.parallel.obstacles import capacity_obstacle, sequence_obstacle, tensor_obstacle
 
 NODE = 8  # GPUs
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
@@ -17,6 +23,10 @@ IMBALANCE = 1.05  # active rows of the busiest rank over the mean
 # Of what a kernel keeps: written, read by the next one and by the backward pass; its gradient written and read.
 PASSES = 5
 UPDATE_BYTES = 28  # AdamW reads parameter, gradient and two moments, writes three of them
+GAPS = 1.2  # a step's work over its floors
+STAGE_3_SECONDS = 0.002  # a block gathered, or its gradients cut: each micro-batch does that three times
+SEQUENCE_SECONDS = 0.009  # a block passed by pieces of rows, which wait for each other
+HOST_BANDWIDTH, HOST_LINK = 100e9, 25e9  # bytes/s of a node's memory, and of a GPU's way there
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,16 @@ def layout_memory(config: RunConfig, parameters: Parameters, layout: Layout, act
     )
 
 
-def configured_bytes(config: RunConfig, gpus: int, activation: float) -> float:
-    """Of one of `gpus` ranks, cut as configured."""
+def configured_layout(config: RunConfig, gpus: int) -> Layout:
+    """Of so many GPUs."""
     train, parallel = config.train, config.parallel
     cuts = parallel.tensor, parallel.sequence
-    layout = Layout(gpus, parallel.zero, train.micro_batch, train.checkpoint_activations, *cuts)
+    return Layout(gpus, parallel.zero, train.micro_batch, train.checkpoint_activations, *cuts)
+
+
+def configured_bytes(config: RunConfig, gpus: int, activation: float) -> float:
+    """Of one of `gpus` ranks, cut as configured."""
+    layout = configured_layout(config, gpus)
     return layout_memory(config, rank_parameters(config, layout.tensor), layout, activation).total
 
 
@@ -122,7 +137,7 @@ def micro_steps(config: RunConfig, layout: Layout) -> int:
 def step_seconds(
     config: RunConfig, parameters: Parameters, layout: Layout, gpu: Gpu, activation: float
 ) -> tuple[float, float]:
-    """(computing, waiting for communication) of a step at best: no gaps between kernels, no slow disk."""
+    """(computing, waiting for others) of a step at best: kernels that are large enough, no slow disk."""
     tokens = config.train.global_batch * config.data.seq_len
     to_the_end = config.train.precision == "bf16"
     length, tensor = config.data.seq_len, layout.tensor
@@ -134,26 +149,69 @@ def step_seconds(
         / layout.copies
         * (4 / 3 if layout.checkpointing else 1)
     )
-    shared = layout.copies if layout.zero else 1
-    update = UPDATE_BYTES * parameters.total / shared / gpu.bandwidth
-    computing = IMBALANCE * (flops / gpu.products + PASSES * kept / gpu.bandwidth) + update
+    work = IMBALANCE * (flops / gpu.products + PASSES * kept / gpu.bandwidth)
+    computing = GAPS * (work + _update_seconds(config, parameters, layout, gpu))
     within = shared_bytes(config, layout)
     sending = (sent_bytes(config, parameters, layout) - within) / (gpu.link if layout.gpus <= NODE else gpu.network)
     hidden = computing if layout.zero == 3 else 0.0
-    return computing, max(0.0, sending - hidden) + within / gpu.link
+    blocks = config.model.layers * micro_steps(config, layout)
+    waiting = max(0.0, sending - hidden) + within / gpu.link
+    if effective_stage(layout.zero, layout.copies, False) == 3:
+        waiting += 3 * blocks * STAGE_3_SECONDS
+    if layout.sequence > 1:
+        waiting += (3 if layout.checkpointing else 2) * blocks * SEQUENCE_SECONDS
+    return computing, waiting
+
+
+def _update_seconds(config: RunConfig, parameters: Parameters, layout: Layout, gpu: Gpu) -> float:
+    """AdamW's, on the GPU or in the host's memory, which the ranks of a node share."""
+    mine = parameters.total / (layout.copies if layout.zero else 1)
+    if config.parallel.offload == "none":
+        return UPDATE_BYTES * mine / gpu.bandwidth
+    return mine * (UPDATE_BYTES * min(layout.gpus, NODE) / HOST_BANDWIDTH + 8 / HOST_LINK)
 
 
 def layouts(config: RunConfig, gpus: int) -> Iterator[Layout]:
-    """Every way to cut the configured global batch over so many GPUs, with groups that fit in a node."""
-    cuts = (1, 2, 4, 8)
-    stages = itertools.product(cuts, cuts, (0, 1, 2, 3), (False, True))
-    for tensor, sequence, zero, checkpointing in stages:
-        if tensor * sequence > NODE or gpus % (tensor * sequence) or _obstacle(config, tensor, sequence):
-            continue
-        micro_batch = 1
-        while config.train.global_batch % (gpus // (tensor * sequence) * micro_batch) == 0:
-            yield Layout(gpus, zero, micro_batch, checkpointing, tensor, sequence)
-            micro_batch *= 2
+    """Every way to cut the configured global batch over so many GPUs that trains, with groups that fit in a node."""
+    stages = (1, 2, 3) if config.parallel.offload == "optimizer" else (0, 1, 2, 3)
+    recomputing = (False,) if config.train.recompute_elementwise else (False, True)
+    for tensor, sequence in cuts(config, gpus):
+        for zero, checkpointing in itertools.product(stages, recomputing):
+            micro_batch = 1
+            while config.train.global_batch % (gpus // (tensor * sequence) * micro_batch) == 0:
+                yield Layout(gpus, zero, micro_batch, checkpointing, tensor, sequence)
+                micro_batch *= 2
+
+
+def cuts(config: RunConfig, gpus: int) -> list[tuple[int, int]]:
+    """Ranks a copy and copies a row that training accepts on so many GPUs, together at most a node."""
+    sizes = (1, 2, 4, 8)
+    together = [(tensor, sequence) for tensor in sizes for sequence in sizes if tensor * sequence <= NODE]
+    return [cut for cut in together if cut_obstacle(config, gpus, *cut) is None]
+
+
+def large_enough(config: RunConfig, gpus: int) -> RunConfig:
+    """With the least multiple of the global batch that can be dealt to so many GPUs."""
+    batch = config.train.global_batch
+    shares = [gpus // (tensor * sequence) for tensor, sequence in cuts(config, gpus)]
+    times = min((share // math.gcd(batch, share) for share in shares), default=1)
+    train = config.train.model_copy(update={"global_batch": batch * times})
+    return config.model_copy(update={"train": train})
+
+
+def cut_obstacle(config: RunConfig, gpus: int, tensor: int, sequence: int) -> str | None:
+    """Why training would refuse so many ranks a copy and copies a row, whatever the batch; None where it would not."""
+    try:
+        _with(config, tensor, sequence, gpus).check_world(gpus)
+    except BadInput as error:
+        return str(error)
+    return None
+
+
+def _with(config: RunConfig, tensor: int, sequence: int, batch: int) -> RunConfig:
+    parallel = config.parallel.model_copy(update={"tensor": tensor, "sequence": sequence})
+    train = config.train.model_copy(update={"global_batch": batch, "micro_batch": 1})
+    return config.model_copy(update={"parallel": parallel, "train": train})
 
 
 def rank_parameters(config: RunConfig, tensor: int) -> Parameters:
@@ -174,12 +232,6 @@ def recommend(config: RunConfig, gpus: int, gpu: Gpu, activation: float) -> Layo
     near = [layout for layout, took in seconds.items() if took <= 1.05 * min(seconds.values())]
     simplest = lambda x: (x.tensor * x.sequence, x.zero, x.checkpointing, -x.micro_batch)  # noqa: E731
     return min(near, key=simplest, default=None)
-
-
-def _obstacle(config: RunConfig, tensor: int, sequence: int) -> str | None:
-    length = config.data.row_len or config.data.seq_len
-    found = tensor_obstacle(config.model, tensor) or sequence_obstacle(config.model, {length}, sequence)
-    return found or capacity_obstacle(config.model, config.train.capacity, sequence, config.balance.exchange)
 
 
 def _kept(config: RunConfig, layout: Layout, activation: float) -> float:

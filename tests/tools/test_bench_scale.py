@@ -91,11 +91,15 @@ def test_the_search_begins_where_the_plan_sees_the_end() -> None:
 def test_the_verdict_names_the_layout_that_was_planned_worst() -> None:
     found = Measured([1.0], [1.0], 1.0, 0.0, 100, 0.5, 200.0, "GPU")
     on_cpu = dataclasses.replace(found, peak_bytes=None)
-    compared = [Compared("a", found, 95, 202.0), Compared("b", found, 102, 199.0), Compared("c", on_cpu, 500, 200.0)]
-    said = (
-        "the plan beside measurement: memory of 2 layouts, at worst -5.0% (a); operations of 3 layouts, at worst +1.0%"
+    compared = [
+        Compared("a", found, 95, 202.0, 1.1),
+        Compared("b", found, 102, 199.0, 0.8),
+        Compared("c", on_cpu, 500, 200.0, None),
+    ]
+    assert verdict(compared) == (
+        "the plan beside measurement: memory of 2 layouts, at worst -5.0% (a); "
+        "operations of 3 layouts, at worst +1.0% (a); time of 2 layouts, at worst -20.0% (b)"
     )
-    assert verdict(compared) == f"{said} (a)"
     assert verdict([]).endswith("nothing was measured")
 
 
