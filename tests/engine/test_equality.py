@@ -17,6 +17,7 @@ from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.parallel.parts import ALWAYS
 from tests.distributed import run_on_ranks
+from tests.engine import matrix
 from tests.engine.equality import FORCED_STEPS, RATE, Layout, Trace, difference, pairs, pairwise, possible, train
 
 USUAL = [
@@ -110,6 +111,16 @@ def test_an_optimizer_on_the_host_takes_the_same_steps(one_process: Trace, tmp_p
 
 def test_the_matrix_covers_every_pair_that_four_ranks_allow() -> None:
     assert pairs([*USUAL, *pairwise(USUAL)]) == pairs(pairwise()) == pairs(possible())
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--hepl", 2), ("everything", 2)])
+def test_the_matrix_begins_only_when_asked_to(argument: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        matrix.main([argument])
+    assert ended.value.code == code
+    said = capsys.readouterr()
+    assert ("minutes" in said.out) == (code == 0)
+    assert (argument in said.err) == (code == 2)
 
 
 def reload(ranks: Ranks, config: RunConfig, moments: dict[str, Tensor]) -> tuple[dict[str, Tensor], float, float]:
