@@ -3,6 +3,9 @@
 In Megatron's manner (Shoeybi et al. 2019): activations are whole on every rank; a block of linear maps begins with maps
 cut by output and ends in one that is cut by input and adds the ranks' parts up. One all-reduce a block forward, one
 backward. The forward pass and every replicated gradient are the same bits on all ranks of a group.
+
+DeepSpeed's AutoTP cuts linear maps alone, and its check of inputs refuses the named tuples in which models hand on
+decisions under ZeRO-3; so the maps are cut here.
 """
 
 from functools import partial
