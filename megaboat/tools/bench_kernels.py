@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -88,7 +89,7 @@ def _ema(first_BT: Tensor | None, silu: bool) -> Callable[..., Tensor]:
     return forward
 
 
-def _ema_plain(first_BT: Tensor, silu: bool) -> Callable[..., Tensor]:
+def _ema_plain(first_BT: Tensor | None, silu: bool) -> Callable[..., Tensor]:
     def forward(x: Tensor, decay: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
         y_BTD, _ = reference.ema_recurrence(x, decay, weight, skip, first_BT)
         return torch.nn.functional.silu(y_BTD) if silu else y_BTD
@@ -100,8 +101,8 @@ def check_ema(device: str) -> None:
     """fp32, where errors of logic cannot hide in rounding."""
     inputs = _ema_inputs(device, 301, 70, 16, torch.float32)
     first_BT = torch.rand(1, 301, device=device) < 0.02
-    for silu in (False, True):
-        expect_gradients("ema", _ema(first_BT, silu), _ema_plain(first_BT, silu), inputs, 1e-5)
+    for first, silu in product((None, first_BT), (False, True)):
+        expect_gradients("ema", _ema(first, silu), _ema_plain(first, silu), inputs, 1e-5)
 
 
 def ema_cases(sizes: Sizes, device: str) -> Iterator[Case]:
