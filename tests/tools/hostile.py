@@ -160,6 +160,10 @@ def _reshaped(world: World) -> None:
     world.seal()
 
 
+def _newer(world: World) -> None:
+    world.edit_json(world.checkpoint / "state.json", lambda state: state | {"format": "megaboat-checkpoint/9"})
+
+
 def _hostile_config(world: World) -> None:
     (world.checkpoint / "config.yaml").write_text("model: " + COMMAND.format(world.touch()))
     world.seal()
@@ -232,8 +236,8 @@ CASES = [
          lambda w: w.edit_json(w.checkpoint / "manifest.json", lambda m: m | {"../../config.yaml": ANY})),
     Case("manifest: gone", GENERATE, 3, "manifest.json: cannot be read",
          lambda w: (w.checkpoint / "manifest.json").unlink()),
-    Case("state: of a newer version", GENERATE, 2, "megaboat-checkpoint/9",
-         lambda w: w.edit_json(w.checkpoint / "state.json", lambda s: s | {"format": "megaboat-checkpoint/9"})),
+    Case("state: of a newer version", GENERATE, 2, "megaboat-checkpoint/9", lambda w: _newer(w) or w.seal()),
+    Case("state: another version, and the manifest knows nothing of it", GENERATE, 3, "size or sha256 differs", _newer),
     Case("state: nested too deeply", GENERATE, 3, "nested too deeply",
          lambda w: (w.checkpoint / "state.json").write_text(DEEP)),
     Case("checkpoint: a config that runs code", GENERATE, 2, "not valid YAML.*python/object", _hostile_config),

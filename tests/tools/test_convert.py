@@ -26,6 +26,7 @@ from tests.corpus import real_texts
 from tests.distributed import run_on_ranks
 from tests.engine.runs import metrics, train_on_rank
 from tests.tools.hf_runs import LLAMA, SMALL, make_dataset, make_run
+from tests.tools.hostile import entry
 
 ARMS = SMALL | {"configurator": "gumbel", "ssm": "s5"}
 # Every test but those that say so goes without the other process, which takes seconds.
@@ -211,6 +212,19 @@ def newer(name: str, format: str) -> Callable[[Path], object]:
     return damage
 
 
+def sealed(damage: Callable[[Path], object]) -> Callable[[Path], object]:
+    """The checkpoint's manifest knows of it."""
+
+    def damage_and_seal(folder: Path) -> None:
+        damage(folder)
+        manifest = next(folder.rglob("manifest.json"))
+        manifest.write_text(
+            json.dumps({name: entry(manifest.parent / name) for name in json.loads(manifest.read_text())})
+        )
+
+    return damage_and_seal
+
+
 def append(path: Path) -> None:
     path.write_text(path.read_text() + "\n")
 
@@ -248,8 +262,13 @@ RUNS = {
     "no checkpoint yet": (lambda folder: shutil.rmtree(folder / "checkpoints"), 2, "an empty or unfinished run"),
     "cut weights": (cut("model-00001.safetensors"), 3, "size or sha256 differs"),
     "cut state": (cut("state.json"), 3, "not JSON"),
-    "a newer format": (newer("state.json", "megaboat-checkpoint"), 2, "written in format 'megaboat-checkpoint/2'"),
-    "a list for a state": (written("state.json", "[1, 2]"), 2, "written in format None"),
+    "a newer format": (
+        sealed(newer("state.json", "megaboat-checkpoint")),
+        2,
+        "written in format 'megaboat-checkpoint/2'",
+    ),
+    "a format that is damaged": (newer("state.json", "megaboat-checkpoint"), 3, "size or sha256 differs"),
+    "a list for a state": (sealed(written("state.json", "[1, 2]")), 2, "written in format None"),
     "no manifest": (lambda folder: next(folder.rglob("manifest.json")).unlink(), 3, "cannot be read"),
     "another config": (lambda folder: append(next(folder.rglob("step-3/config.yaml"))), 3, "size or sha256 differs"),
     "another tokenizer": (other_tokenizer, 3, "but the model was trained with"),
