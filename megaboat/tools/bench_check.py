@@ -5,7 +5,7 @@ all is fp64: of what is fast, nothing takes part in them. Two models, since what
 heads of few columns with a SwiGLU behind, and one head of so many that attention goes by its band.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,7 @@ from megaboat.model.build import build_model
 from megaboat.model.config import SeqBoatConfig
 from megaboat.model.seqboat import SeqBoat
 from megaboat.tools.bench_forced import forced
-from megaboat.tools.bench_published import PUBLISHED
-
-Way = Mapping[str, Callable[..., Any]]
-"""Functions of `megaboat.kernels` by name, computed otherwise."""
+from megaboat.tools.bench_published import PLAIN_AUTOGRAD, PUBLISHED, Way
 
 MODELS = (
     SeqBoatConfig(block="scaled", vocab_size=500, layers=2, width=128, window=40),
@@ -106,16 +103,8 @@ def _gradients(
     return float(nll.detach()), {name: p.grad.double() for name, p in named if p.grad is not None and p.ndim > 1}
 
 
-def _ema(
-    x_BTD: Tensor,
-    decay_DN: Tensor,
-    weight_DN: Tensor,
-    skip_D: Tensor,
-    first_BT: Tensor | None = None,
-    state_BDN: Tensor | None = None,
-    silu: bool = False,
-) -> tuple[Tensor, Tensor]:
-    y_BTD, state_BDN = reference.ema_recurrence(x_BTD, decay_DN, weight_DN, skip_D, first_BT, state_BDN)
+def _ema(*inputs: Any, silu: bool = False) -> tuple[Tensor, Tensor]:
+    y_BTD, state_BDN = reference.ema_recurrence(*inputs)
     return F.silu(y_BTD) if silu else y_BTD, state_BDN
 
 
@@ -145,13 +134,11 @@ def _windowed_attention(
     return reference.windowed_attention(q_RGZ, k_KGZ, v_KE, cu_q, cu_q if cu_k is None else cu_k, window, scale)
 
 
-EQUATIONS: Way = {
+EQUATIONS: Way = PLAIN_AUTOGRAD | {
     "ema": _ema,
     "begin_plan": _begin_plan,
     "compress": _compress,
     "join_rows": _join_rows,
     "windowed_attention": _windowed_attention,
     "linear_cross_entropy": lambda *args: reference.linear_cross_entropy(*args).sum(),
-    "side_gradients": lambda x: None,
-    "fan_out": lambda x, uses, side=None: (x,) * uses,
 }

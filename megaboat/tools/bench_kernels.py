@@ -24,6 +24,7 @@ from torch import Tensor
 from megaboat import kernels
 from megaboat.errors import BadInput
 from megaboat.kernels import flash, reference
+from megaboat.tools.bench_check import EQUATIONS
 from megaboat.tools.bench_published import convolve
 from megaboat.tools.bench_timing import Case, Section, expect_gradients, measure, table, with_gradients
 
@@ -91,8 +92,7 @@ def _ema(first_BT: Tensor | None, silu: bool) -> Callable[..., Tensor]:
 
 def _ema_plain(first_BT: Tensor | None, silu: bool) -> Callable[..., Tensor]:
     def forward(x: Tensor, decay: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
-        y_BTD, _ = reference.ema_recurrence(x, decay, weight, skip, first_BT)
-        return torch.nn.functional.silu(y_BTD) if silu else y_BTD
+        return EQUATIONS["ema"](x, decay, weight, skip, first_BT, silu=silu)[0]
 
     return forward
 

@@ -6,15 +6,18 @@ queries with the keys of their own and the previous block. All else is ours. Row
 forget at their borders.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megaboat.kernels import ActiveRows
-from megaboat.kernels.attention import banded_attention
+from megaboat.kernels import ActiveRows, windowed_attention
+
+Way = dict[str, Callable[..., Any]]
+"""Functions of `megaboat.kernels` by name, computed otherwise."""
 
 
 def ema_by_fft(
@@ -73,19 +76,14 @@ def join_rows(
     return y_XD if residual_XD is None else F.silu(residual_XD + y_XD)
 
 
-def windowed_attention(
-    q_RGZ: Tensor, k_KGZ: Tensor, v_KE: Tensor, cu_q: Tensor, cu_k: Tensor | None, window: int, scale: float, *_: object
-) -> Tensor:
-    """Queries and keys are the same rows."""
-    return banded_attention(q_RGZ, k_KGZ, v_KE, cu_q, window, scale)
-
-
-PUBLISHED: Mapping[str, Callable[..., Any]] = {
+PLAIN_AUTOGRAD: Way = {
+    "side_gradients": lambda x: None,
+    "fan_out": lambda x, uses, side=None: (x,) * uses,
+}
+PUBLISHED: Way = PLAIN_AUTOGRAD | {
     "ema": ema_by_fft,
     "begin_plan": begin_plan,
     "compress": compress,
     "join_rows": join_rows,
-    "windowed_attention": windowed_attention,
-    "side_gradients": lambda x: None,
-    "fan_out": lambda x, uses, side=None: (x,) * uses,
+    "windowed_attention": partial(windowed_attention, backend="banded"),
 }

@@ -153,11 +153,12 @@ def step_seconds(
     computing = GAPS * (work + _update_seconds(config, parameters, layout, gpu))
     within = shared_bytes(config, layout)
     sending = (sent_bytes(config, parameters, layout) - within) / (gpu.link if layout.gpus <= NODE else gpu.network)
-    hidden = computing if layout.zero == 3 else 0.0
     blocks = config.model.layers * micro_steps(config, layout)
-    waiting = max(0.0, sending - hidden) + within / gpu.link
-    if effective_stage(layout.zero, layout.copies, False) == 3:
-        waiting += 3 * blocks * STAGE_3_SECONDS
+    waiting = within / gpu.link
+    if layout.zero == 3:
+        waiting += max(0.0, sending - computing) + 3 * blocks * STAGE_3_SECONDS
+    else:
+        waiting += sending
     if layout.sequence > 1:
         waiting += (3 if layout.checkpointing else 2) * blocks * SEQUENCE_SECONDS
     return computing, waiting
@@ -202,13 +203,13 @@ def large_enough(config: RunConfig, gpus: int) -> RunConfig:
 def cut_obstacle(config: RunConfig, gpus: int, tensor: int, sequence: int) -> str | None:
     """Why training would refuse so many ranks a copy and copies a row, whatever the batch; None where it would not."""
     try:
-        _with(config, tensor, sequence, gpus).check_world(gpus)
+        _with_cut(config, tensor, sequence, gpus).check_world(gpus)
     except BadInput as error:
         return str(error)
     return None
 
 
-def _with(config: RunConfig, tensor: int, sequence: int, batch: int) -> RunConfig:
+def _with_cut(config: RunConfig, tensor: int, sequence: int, batch: int) -> RunConfig:
     parallel = config.parallel.model_copy(update={"tensor": tensor, "sequence": sequence})
     train = config.train.model_copy(update={"global_batch": batch, "micro_batch": 1})
     return config.model_copy(update={"parallel": parallel, "train": train})

@@ -42,8 +42,7 @@ class World:
 
     def seal(self) -> None:
         """Give the checkpoint's manifest the sizes and hashes of the files as they are."""
-        manifest = self.checkpoint / "manifest.json"
-        self.edit_json(manifest, lambda files: {name: entry(self.checkpoint / name) for name in files})
+        seal(self.checkpoint)
 
     def shard(self) -> Path:
         return sorted(self.tokens.rglob("train/*.tar"))[0]
@@ -74,6 +73,12 @@ class _Runs:
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, (self._command,)
+
+
+def seal(checkpoint: Path) -> None:
+    """Give the manifest the sizes and hashes of the files as they are."""
+    manifest = checkpoint / "manifest.json"
+    manifest.write_text(json.dumps({name: entry(checkpoint / name) for name in json.loads(manifest.read_text())}))
 
 
 def entry(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tests.corpus import real_texts
 from tests.distributed import run_on_ranks
 from tests.engine.runs import metrics, train_on_rank
 from tests.tools.hf_runs import LLAMA, SMALL, make_dataset, make_run
-from tests.tools.hostile import entry
+from tests.tools.hostile import seal
 
 ARMS = SMALL | {"configurator": "gumbel", "ssm": "s5"}
 # Every test but those that say so goes without the other process, which takes seconds.
@@ -217,10 +217,7 @@ def sealed(damage: Callable[[Path], object]) -> Callable[[Path], object]:
 
     def damage_and_seal(folder: Path) -> None:
         damage(folder)
-        manifest = next(folder.rglob("manifest.json"))
-        manifest.write_text(
-            json.dumps({name: entry(manifest.parent / name) for name in json.loads(manifest.read_text())})
-        )
+        seal(next(folder.rglob("manifest.json")).parent)
 
     return damage_and_seal
 
