@@ -102,6 +102,8 @@ class Row:
     """Why there are no figures."""
     plan_off: float | None = None
     """By what share `megaboat plan` says more than the peak; None where it was not measured, or rows are fixed."""
+    seconds: tuple[float, ...] = ()
+    """Of each timed step, in their order."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -290,6 +292,7 @@ def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int
         held / 2**30,
         flops / median / peak if peak else None,
         plan_off=configured_bytes(config, 1, activation or 0.0) / held - 1 if held and mode == "exact" else None,
+        seconds=tuple(seconds),
     )
 
 
