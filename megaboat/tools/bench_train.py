@@ -334,11 +334,11 @@ def _timed(
     if step is train_step:
         _forget_peak(ranks.device)
     seconds = []
+    _finish(ranks.device)  # Llama's steps end without a wait: the first would be charged for the warm-up's last
     for _ in range(steps):
         begin = time.perf_counter()
         flops, activation = step(engine, config, ranks)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        _finish(ranks.device)
         seconds.append(time.perf_counter() - begin)
     return seconds, flops, activation
 
@@ -364,6 +364,11 @@ def train_step(engine: Engine, config: RunConfig, ranks: Ranks) -> tuple[float, 
         return 3 * llama_flops(config.model, rows * length, length), None
     flops = sum(3 * forward_flops(config.model, micro_batch * length, work) for work in works)
     return flops, float(torch.stack(ratios).mean())
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _forget_peak(device: torch.device) -> None:
