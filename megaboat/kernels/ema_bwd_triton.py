@@ -22,6 +22,7 @@ from megaboat.kernels.ema_common_triton import (
     load_rows,
     reset_byte,
     scan_kernel,
+    sigmoid,
     store_rows,
     weighted_sum,
 )
@@ -31,7 +32,7 @@ from megaboat.kernels.ema_common_triton import (
 def through_silu(b_dy, b_pre):
     """Gradient before SiLU, fp32; d silu(p)/dp = sigma (1 + p (1 - sigma))."""
     b_dy, b_pre = b_dy.to(tl.float32), b_pre.to(tl.float32)
-    b_sigma = tl.sigmoid(b_pre)
+    b_sigma = sigmoid(b_pre)
     return b_dy * b_sigma * (1.0 + b_pre * (1.0 - b_sigma))
 
 
@@ -104,12 +105,10 @@ def ema_bwd_state_kernel(
     seen = 0
     b_dys = load_rows(dy + last * D, D, lanes(o_d, D, whole), GROUP)
     b_pres = load_rows(pre + last * D, D, lanes(o_d, D, whole), GROUP) if SILU else b_dys
-    byte_next = reset_byte(p_resets, last // GROUP, HAS_RESETS)
     for back in range(0, length, GROUP):
         t = last - back
         earlier = t - GROUP
-        byte = byte_next
-        byte_next = reset_byte(p_resets, tl.maximum(earlier, 0) // GROUP, HAS_RESETS)
+        byte = reset_byte(p_resets, t // GROUP, HAS_RESETS)
         b_dy_now = b_dys
         b_dys = load_rows(dy + earlier * D, D, lanes(o_d, D, earlier >= 0), GROUP)
         b_pre_now = b_pres
@@ -239,12 +238,10 @@ def ema_bwd_input_kernel(
     whole = length >= last + GROUP
     b_xs = load_rows(x + last * D, D, lanes(o_d, D, whole), GROUP)
     b_dys = load_rows(dy + last * D, D, lanes(o_d, D, whole), GROUP)
-    byte_next = reset_byte(p_resets, last // GROUP, HAS_RESETS)
     for back in range(0, length, GROUP):
         t = last - back
         earlier = t - GROUP
-        byte = byte_next
-        byte_next = reset_byte(p_resets, tl.maximum(earlier, 0) // GROUP, HAS_RESETS)
+        byte = reset_byte(p_resets, t // GROUP, HAS_RESETS)
         b_x_now = b_xs
         b_dy_now = b_dys
         b_xs = load_rows(x + earlier * D, D, lanes(o_d, D, earlier >= 0), GROUP)

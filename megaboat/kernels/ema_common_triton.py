@@ -9,7 +9,8 @@ instructions and two barriers a step, because its layout spreads the N states ov
 loops, branches and functions, and to its interpreter they are plain tuples.
 
 A document's first token forgets all states. `resets` holds a byte for each GROUP of 8 tokens, bit j for token j: a
-group without a bit takes the unrolled path, any other, and an incomplete one, goes token by token.
+group without a bit takes the unrolled path, any other, and an incomplete one, goes token by token. The passes that
+are short of registers read a byte when they come to its group, not a group ahead.
 
 What limits these kernels on Hopper is neither memory nor arithmetic but register ports: a multiply-add that reads two
 fresh registers of one bank takes a cycle more, and one with three fresh operands always does. Instructions plus such
@@ -83,6 +84,12 @@ def weighted_sum(b_s, b_c, b_y, N: tl.constexpr):
     for n in tl.static_range(N):
         b_y = tl.fma(b_c[n], b_s[n], b_y)
     return b_y
+
+
+@triton.jit
+def sigmoid(b_x):
+    """Four instructions fewer than `tl.sigmoid`, whose exp keeps denormal numbers: beside 1 they are nothing."""
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * b_x))
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from megaboat.kernels.ema_common_triton import (
     load_rows,
     reset_byte,
     scan_kernel,
+    sigmoid,
     store_rows,
     weighted_sum,
 )
@@ -34,7 +35,7 @@ def store_output(y, pre, offset, b_y, mask, SILU: tl.constexpr, SAVE_PRE: tl.con
         tl.store(pre + offset, b_y.to(pre.dtype.element_ty), mask=mask)
     if SILU:
         b_y = b_y.to(y.dtype.element_ty).to(tl.float32)  # so that y comes back from what is kept
-        b_y = b_y * tl.sigmoid(b_y)
+        b_y = b_y * sigmoid(b_y)
     tl.store(y + offset, b_y.to(y.dtype.element_ty), mask=mask)
 
 
@@ -137,17 +138,21 @@ def ema_fwd_output_kernel(
     pre += p_start
     p_resets = resets + i_b * G + i_k * (C // GROUP)
     b_rows = load_rows(p_x, D, lanes(o_d, D, length >= GROUP), GROUP)
-    byte_next = reset_byte(p_resets, 0, HAS_RESETS)
     for t in range(0, length, GROUP):
-        byte = byte_next
-        byte_next = reset_byte(p_resets, tl.minimum(t + GROUP, length - 1) // GROUP, HAS_RESETS)
+        byte = reset_byte(p_resets, t // GROUP, HAS_RESETS)
         b_now = b_rows
         b_rows = load_rows(p_x + (t + GROUP) * D, D, lanes(o_d, D, length >= t + 2 * GROUP), GROUP)
         if (byte == 0) & (length >= t + GROUP):
             for j in tl.static_range(GROUP):
                 b_x = b_now[j].to(tl.float32)
-                b_s = advance(b_s, b_q, b_x, N)
-                b_y = weighted_sum(b_s, b_c, b_skip * b_x, N)
+                # `advance` and `weighted_sum` in one loop: ptxas then needs 128 registers instead of 151.
+                b_y = b_skip * b_x
+                b_next = ()
+                for n in tl.static_range(N):
+                    b_n = tl.fma(b_q[n], b_s[n], b_x)
+                    b_next = b_next + (b_n,)
+                    b_y = tl.fma(b_c[n], b_n, b_y)
+                b_s = b_next
                 store_output(y, pre, (t + j) * D + o_d, b_y, m_d, SILU, SAVE_PRE)
         else:
             for i in range(t, min(t + GROUP, length)):

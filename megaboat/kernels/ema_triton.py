@@ -158,8 +158,9 @@ def ema_fwd(
     # Absent tensors are passed as some other one: constexpr flags keep the kernels from looking at them.
     resets, state = broken if resets is None else resets, decay if state is None else state
     if K > 1:
-        fwd.ema_fwd_state_kernel[cut.grid(K - 1)](
-            x, decay, resets, carry, broken, T, K, G, D, N, C, BD, has_resets, num_warps=WARPS
+        # Half the warps a program: what documents leave of this pass spreads more evenly.
+        fwd.ema_fwd_state_kernel[(cdiv(D, BD // 2), K - 1, B)](
+            x, decay, resets, carry, broken, T, K, G, D, N, C, BD // 2, has_resets, num_warps=WARPS // 2
         )
         fwd.ema_fwd_carry_kernel[cut.carry_grid](
             decay, state, carry, broken, K, D, N, cut.log_C, CARRY_LANES, has_state, has_resets, num_warps=1
