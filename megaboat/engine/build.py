@@ -2,15 +2,16 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 from torch import nn
 
-from megaboat.config import dump_config
+from megaboat.config import dump_config, load_config
 from megaboat.data.batch import Batch
 from megaboat.data.dataset import Dataset, open_dataset
 from megaboat.data.ledger import Ledger
 from megaboat.data.loader import Loader
-from megaboat.data.plan import excluded_blocks
+from megaboat.data.plan import TRAIN, excluded_blocks
 from megaboat.engine.balance import Balance
 from megaboat.engine.checkpoint import Checkpoint, agreed_checkpoint
 from megaboat.engine.deepspeed import Engine, connect
@@ -32,6 +33,8 @@ from megaboat.model.seqboat import SeqBoat
 
 # Of the model's configuration; what else changed would be another model under the same weights.
 MAY_CHANGE = {"dropout", "calibrate", "temperature_scale", "block"}
+# Of the data's configuration: what does not decide which windows a step has.
+SAME_WINDOWS = {"row_len", "max_epochs", "mask_first_target", "verify", "accept_change"}
 
 
 def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) -> Trainer:
@@ -92,7 +95,7 @@ def _open_owned(
         ranks.data_rank,
         ranks.data_size,
         consumed_windows=consumed,
-        total_windows=config.train.steps * config.train.global_batch,
+        total_windows=consumed + (config.train.steps - step) * config.train.global_batch,
         assign=balance.dealer.windows_of if balance else None,
         pinned=ranks.device.type == "cuda",
     )
@@ -156,6 +159,9 @@ def _sample(config: RunConfig, dataset: Dataset, ranks: Ranks) -> Batch | None:
     rows = sample_rows(config)
     if not rows:
         return None
+    if config.data.shuffle == "contiguous":  # as many lanes, each of which must have a row
+        tokens = dataset.source(TRAIN, dataset.splits[TRAIN][0]).n_tokens
+        rows = min(rows, (tokens - 1) // config.data.seq_len)
     loader = Loader(config.data, dataset, rows)
     batch = next(loader).to(ranks.device)
     loader.close()
@@ -165,15 +171,25 @@ def _sample(config: RunConfig, dataset: Dataset, ranks: Ranks) -> Batch | None:
 def _write_run_folder(config: RunConfig, dataset: Dataset, checkpoint: Checkpoint | None) -> Ledger:
     out = config.train.out
     ledger = Ledger(out / "data_ledger.jsonl")
-    if checkpoint is not None:
-        state = checkpoint.state
-        if config.data.accept_change or state["data"]["global_batch"] != config.train.global_batch:
-            ledger.forget_after(state["step"])
+    if config.data.accept_change or _read_other_windows(config, out / "config.yaml"):
+        ledger.forget_after(checkpoint.state["step"] if checkpoint else 0)
     dump_config(config, out / "config.yaml")
     (out / "outcome.json").unlink(missing_ok=True)  # of the attempt before: this one has not ended
     if dataset.tokenizer_path is not None:
         shutil.copyfile(dataset.tokenizer_path, out / "tokenizer.model")
     return ledger
+
+
+def _read_other_windows(config: RunConfig, path: Path) -> bool:
+    """Whether the attempt before, whose configuration is in `path`, had other windows in its steps."""
+    try:
+        before = load_config(RunConfig, path)
+    except BadInput:  # there was none, or it was killed while it wrote that
+        return False
+    windows, others = (
+        (each.train.global_batch, each.data.model_dump(exclude=SAME_WINDOWS)) for each in (config, before)
+    )
+    return windows != others
 
 
 def _hooks(config: RunConfig, ranks: Ranks, pictures: Pictures | None) -> list[Hook]:

@@ -1,12 +1,14 @@
 """Whole runs: trained, killed, resumed elsewhere, asked to stop; each compared with an undisturbed one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megaboat.data.dataset import open_dataset
 from megaboat.data.prepare import Request, prepare
 from megaboat.data.spill import PrepareOptions
 from tests.corpus import real_texts, write_jsonl
@@ -104,6 +106,51 @@ def test_resumes_at_another_layout(tmp_path: Path) -> None:
     moved, whole = tmp_path / "moved", tmp_path / "whole"
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
     assert (moved / "data_ledger.jsonl").read_text() == (whole / "data_ledger.jsonl").read_text()
+
+
+def first_windows(out: Path) -> list[int]:
+    lines = (out / "data_ledger.jsonl").read_text().splitlines()
+    return [json.loads(line)["first_window"] for line in lines]
+
+
+def test_a_run_that_starts_again_with_other_windows(dataset_folder: Path, tmp_path: Path) -> None:
+    """The ledger does not hold them to those of an attempt that was killed before its first checkpoint."""
+    out = tmp_path / "run"
+    for batch in (8, 4):
+        config = tiny_config(dataset_folder, out, train__steps=2, train__global_batch=batch)
+        assert run_on_ranks(train_on_rank, 1, config) == [("done", 2)]
+        shutil.rmtree(out / "checkpoints")
+    assert first_windows(out) == [0, 4]
+
+
+@pytest.mark.slow
+def test_a_batch_that_was_tried_and_given_up(dataset_folder: Path, tmp_path: Path) -> None:
+    """Steps with another batch stand in the ledger behind the checkpoint that the run goes back to."""
+    out = tmp_path / "run"
+    for steps, batch in ((2, 4), (3, 8), (4, 4)):
+        config = tiny_config(dataset_folder, out, train__steps=steps, train__global_batch=batch)
+        assert run_on_ranks(train_on_rank, 1, config) == [("done", steps)]
+        shutil.rmtree(out / "checkpoints" / "step-3", ignore_errors=True)  # as if it had been killed before
+    assert first_windows(out) == [0, 4, 8, 12]
+
+
+def test_epochs_are_counted_by_what_was_read(dataset_folder: Path, tmp_path: Path) -> None:
+    """20 windows in five steps, then 40 in one: 60 are read, though six times 40 would be 240."""
+    dataset = open_dataset(dataset_folder)
+    epoch = sum(dataset.source("train", name).n_tokens // 32 for name in dataset.splits["train"])
+    changes = {"optim__schedule": "constant", "data__max_epochs": 120 / epoch}
+    for steps, batch in ((5, 4), (6, 40)):
+        config = tiny_config(dataset_folder, tmp_path / "run", train__steps=steps, train__global_batch=batch, **changes)
+        assert run_on_ranks(train_on_rank, 1, config) == [("done", steps)]
+
+
+def test_contiguous_rows_of_a_small_corpus_are_enough_to_calibrate_on(tmp_path: Path) -> None:
+    """The calibration would like 128 rows, of which there are fewer."""
+    texts = write_jsonl(tmp_path / "texts.jsonl", real_texts(5, max_chars=2000), ("Lib",))
+    prepare(Request({"train": [texts]}, "bytes+eos", tmp_path / "tokens", PrepareOptions(val_per_10k=0)))
+    changes = {"data__shuffle": "contiguous", "data__seq_len": 256, "train__steps": 2}
+    config = tiny_config(tmp_path / "tokens", tmp_path / "run", **changes)
+    assert run_on_ranks(train_on_rank, 1, config) == [("done", 2)]
 
 
 @pytest.fixture(scope="module")
