@@ -44,7 +44,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids; control symbols give nothing, broken UTF-8 gives U+FFFD."""
+        """The text of the ids; control symbols and ids past the vocabulary give nothing, broken UTF-8 gives U+FFFD."""
 
     @abstractmethod
     def model_bytes(self) -> bytes | None:
@@ -75,7 +75,7 @@ class SentencePieceTokenizer(Tokenizer):
         return np.fromiter(itertools.chain.from_iterable(lines), dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def model_bytes(self) -> bytes:
         return self._model

@@ -35,7 +35,8 @@ class Sampling:
     """Sequence i of a batch draws from seed + i."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+        known = self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0
+        if not known:  # a number that is none, too
             raise ValueError(f"{self}: temperature and top_k from 0, top_p in (0, 1], repetition_penalty above 0")
 
 

@@ -6,6 +6,7 @@ megaboat generate exports/boat --prompt 'Once' --temperature 0.8 --top-p 0.95 --
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,16 +44,26 @@ def run(arguments: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise BadInput(str(error)) from None
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    if not prompt:
-        raise BadInput("the prompt is empty; a model starts from at least one token")
+    prompt = _prompt(arguments.prompt)
     loaded = load_run(arguments.source, "cuda" if torch.cuda.is_available() else "cpu")
-    stream, eos = TextStream(loaded.tokenizer), loaded.tokenizer.eos_id
-    _say(prompt)
     ids = loaded.tokenizer.encode(prompt).tolist()
+    if not ids:
+        raise BadInput("the prompt is empty; a model starts from at least one token")
+    stream, eos = TextStream(loaded.tokenizer, ids[-1:]), loaded.tokenizer.eos_id
+    _say(prompt)
     for tokens_B in generate(loaded.model, [ids], arguments.max_tokens, sampling, stop_id=eos):
         _say(stream.push(int(tokens_B[0])))
     _say(stream.end() + "\n")
+
+
+def _prompt(text: str) -> str:
+    """The prompt itself, read from standard input where `text` says so. Raises BadInput where it is not UTF-8."""
+    try:
+        prompt = sys.stdin.read() if text == "-" else text
+        prompt.encode()  # bytes of the command line that are none became lone surrogates
+    except UnicodeError:
+        raise BadInput("the prompt is not UTF-8") from None
+    return prompt
 
 
 def _say(text: str) -> None:
@@ -61,12 +72,15 @@ def _say(text: str) -> None:
 
 
 class TextStream:
-    """Text of tokens that come one by one: whole characters only, together exactly what decoding all at once gives."""
+    """Text of tokens that come one by one: whole characters only, together exactly what decoding all at once gives.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    before: the last token of the text that they continue; a first one may decode without its space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._said = 0
+        self._ids = list(before)
+        self._said = len(tokenizer.decode(self._ids))
 
     def push(self, token: int) -> str:
         """What became readable with this token; a character's last bytes may still be on their way."""

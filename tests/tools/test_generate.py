@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,18 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "bytes", None, SMALL, tokenizer="bytes+eos")
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model as sentencepiece trains it by default: a space before each line, none at its ends."""
+    folder = tmp_path_factory.mktemp("foreign")
+    lines = [line for text in real_texts(10) for line in text.splitlines() if line]
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=500, model_type="bpe", minloglevel=2
+        )
+    return folder
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -50,6 +63,20 @@ def test_broken_bytes_stream_as_they_decode(pieces: Tokenizer, ids: list[int]) -
     assert streamed(open_tokenizer("bytes"), ids) == bytes(ids).decode(errors="replace")
     as_pieces = [index + 3 for index in ids]  # byte pieces follow <unk>, <s> and </s>
     assert streamed(pieces, as_pieces) == pieces.decode(as_pieces)
+
+
+def test_a_foreign_stream_goes_on_with_the_prompt(foreign: Path) -> None:
+    tokenizer = open_tokenizer(foreign / "tokenizer.model")
+    ids = tokenizer.encode("import sys, os and time").tolist()
+    for cut in range(1, len(ids)):
+        stream = TextStream(tokenizer, ids[cut - 1 : cut])
+        parts = [stream.push(token) for token in ids[cut:]]
+        assert tokenizer.decode(ids[:cut]) + "".join([*parts, stream.end()]) == tokenizer.decode(ids)
+
+
+def test_ids_of_a_padded_vocabulary_say_nothing(pieces: Tokenizer) -> None:
+    ids = pieces.encode("import os").tolist()
+    assert streamed(pieces, [*ids, pieces.vocab_size, pieces.vocab_size + 7, *ids]) == "import osimport os"
 
 
 def generate(*arguments: str) -> int:
@@ -83,7 +110,9 @@ def test_the_same_seed_gives_the_same_text_from_run_and_checkpoint(
     ("arguments", "reason"),
     [
         (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "\udcff"], "the prompt is not UTF-8"),  # what the byte 0xff of a command line becomes
         (["--prompt", "x", "--top-p", "2"], "top_p in (0, 1]"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature and top_k from 0"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -93,6 +122,12 @@ def test_bad_options_are_one_line(
     complaint = capsys.readouterr().err
     assert reason in complaint
     assert complaint.count("\n") == 1
+
+
+def test_a_prompt_without_a_token_is_empty(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", foreign, SMALL)
+    assert generate(str(run), "--prompt", " ") == 2
+    assert "the prompt is empty" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
