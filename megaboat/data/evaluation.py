@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +26,13 @@ def evaluation_batches(
     """This rank's batches of `rows` windows over a source, or over its first `max_tokens` tokens.
 
     All tokens but the source's first are targets, once over all ranks. The last window is padded with IGNORE targets,
-    and ranks with whole windows of them. Each window but the first begins with so many tokens that the one before it
-    scored, `context`. Raises BadInput for an unknown split or source.
+    and ranks with whole windows of them; a source of one token has nothing else. Each window but the first begins with
+    so many tokens that the one before it scored, `context`. Raises BadInput for an unknown split or source.
     """
     tokens = dataset.source(split, source)
     number = dataset.splits[split].index(source)
     last = min(tokens.n_tokens, (max_tokens or tokens.n_tokens) + 1)
-    windows = max(1, -(-(last - 1 - context) // (config.seq_len - context))) if last > 1 else 0
+    windows = max(1, -(-(last - 1 - context) // (config.seq_len - context)))
     for first in range(0, windows, rows * dp_size):
         yield _batch(config, tokens, number, first + dp_rank * rows, rows, last, context)
 
@@ -42,21 +43,20 @@ def document_batches(
     """Batches of up to `rows` windows over a source's documents, or its first `max_tokens` tokens, each read alone.
 
     As the rolling log-likelihood of EleutherAI's lm-evaluation-harness has it: a document is read after `start_id`, all
-    of its text is scored and its end is not; of a long one the last window reaches back to be whole. Raises ValueError
-    where the tokenizer has no symbol to begin with.
+    of its text is scored and its end is not; of a long one the last window reaches back to be whole. Where there is no
+    text, one batch scores nothing. Raises ValueError where the tokenizer has no symbol to begin with.
     """
     if dataset.start_id is None:
         raise ValueError("no symbol begins or ends a document, so nothing predicts its first token")
     number = dataset.splits[split].index(source)
-    waiting: list[_Window] = []
-    for ids in _texts(dataset, dataset.source(split, source), max_tokens):
-        for window in _windows(np.concatenate([[dataset.start_id], ids]), config.seq_len):
-            waiting.append(window)
-            if len(waiting) == rows:
-                yield _batch_of(waiting, number)
-                waiting = []
-    if waiting:
+    texts = _texts(dataset, dataset.source(split, source), max_tokens)
+    windows = (
+        window for ids in texts for window in _windows(np.concatenate([[dataset.start_id], ids]), config.seq_len)
+    )
+    waiting = list(islice(windows, rows)) or [_Window(np.zeros(2, np.int64), 1)]
+    while waiting:
         yield _batch_of(waiting, number)
+        waiting = list(islice(windows, rows))
 
 
 class _Window(NamedTuple):

@@ -91,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
             )
         evaluate_on = _evaluation(arguments, loaded, dataset)
         result = evaluate_on(loaded.model)
+        if not result["overall"]["tokens"]:
+            raise BadInput(f"{arguments.text or dataset.path}: nothing to score: no token comes after another")
         peers = baselines(dataset, arguments.split) if arguments.baselines else {}
         biases = arguments.activation_bias or []
         points = thresholds.curve(loaded.model, biases, evaluate_on) if biases else []
@@ -152,7 +154,8 @@ def _evaluation(arguments: argparse.Namespace, loaded: LoadedRun, dataset: Datas
     """What `evaluate` says of a forward pass, with the data that the options name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.model.to(device).eval()
-    config = DataConfig(path=dataset.path, seq_len=arguments.seq_len or loaded.data.seq_len)
+    masks, length = loaded.data.mask_first_target, arguments.seq_len or loaded.data.seq_len
+    config = DataConfig(path=dataset.path, seq_len=length, mask_first_target=masks)
     if arguments.context >= config.seq_len:
         raise BadInput(f"--context {arguments.context}: rows have {config.seq_len} tokens, and some must be scored")
     bf16 = device.type == "cuda" and loaded.config.train.precision == "bf16"
