@@ -102,6 +102,8 @@ class Dataset:
             )
 
     def _check_files(self) -> None:
+        if self.tokenizer_path is not None and not self.tokenizer_path.is_file():
+            raise DamagedData(f"{self.tokenizer_path}: tokenizer is missing; {INDEX_FILE} names it")
         sizes = {
             shard["file"]: shard["size"]
             for sources in self.index["splits"].values()

@@ -73,7 +73,7 @@ def prepare(request: Request, workers: int = 1, progress: bool = False) -> dict[
         with _locked(request.out / WORK_FOLDER):
             return _prepare(request, tokenizer, workers, progress)
     except OSError as error:
-        raise BadInput(f"{error.filename or request.out}: {error.strerror}") from None
+        raise BadInput(f"{error.filename or request.out}: {error.strerror or error}") from None
 
 
 def _prepare(request: Request, tokenizer: Tokenizer, workers: int, progress: bool) -> dict[str, Any]:

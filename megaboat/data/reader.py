@@ -20,7 +20,7 @@ READ_BYTES = 1 << 16
 # Archives written with `zstd --long=31` need the largest window that the format knows.
 MAX_WINDOW = 1 << 31
 MAX_DOCUMENT = 1 << 31  # of a text file, decompressed: a few kB of zeros would fill any memory
-PLAIN_TEXT = {".txt", ".xml"}
+PLAIN_TEXT, BY_LINE = {".txt", ".xml"}, {".json", ".jsonl", ".parquet"}
 UNREAD = {".arrow", ".bz2", ".xz", ".lz4", ".zip", ".tar"}
 
 
@@ -46,7 +46,7 @@ def find_inputs(pattern: str, option: str = "--input") -> list[Path]:
 
 def is_plain_text(path: Path) -> bool:
     """Whether a file is one document as it stands (`.txt`, `.xml`), and not a document a line."""
-    return bool(PLAIN_TEXT & set(path.suffixes))
+    return bool(PLAIN_TEXT & set(path.suffixes)) and not BY_LINE & set(path.suffixes)
 
 
 def read_whole(path: Path, on_read: Callable[[int], object] = lambda count: None) -> bytes:

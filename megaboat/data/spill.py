@@ -45,6 +45,7 @@ DOCUMENT_DTYPE = np.dtype(
         ("line_end", "<u8"),  # in the decompressed file, in bytes
     ]
 )
+MAX_SOURCE = np.iinfo(DOCUMENT_DTYPE["source"]).max
 # A file is given up early when it goes wrong from its start.
 EARLY_DOCUMENTS = 10_000
 EARLY_BAD = 100
@@ -157,6 +158,9 @@ def _spill_lines(job: SpillJob, sha256: str, file: BinaryIO, tally: _Tally, repo
     try:
         for line, document in _documents(job, tokenizer, tally, report):
             ids = _encode(tokenizer, document.text, job.options.bos)
+            if not len(ids):  # all of it is normalised away, and no symbol ends a document
+                tally.empty += 1
+                continue
             check_vocabulary(ids, tokenizer.vocab_size, f"{job.path}:{line.number}")
             file.write(ids.astype(token_dtype(tokenizer.vocab_size)).tobytes())
             tally.add_row(_row(job, sha256, line, document, len(ids), tally))
@@ -234,9 +238,15 @@ def _row(job: SpillJob, sha256: str, line: Line, document: Document, n_tokens: i
     held_out = divisible and is_validation(content, job.options.val_per_10k, job.options.split_salt)
     split = "val" if held_out else job.split
     source = document.source or job.options.default_source or ""
+    number = tally.sources.setdefault(source, len(tally.sources))
+    if number > MAX_SOURCE:
+        raise BadInput(
+            f"{job.path}:{line.number}: over {MAX_SOURCE:,} sources; {job.options.source_key!r} is no kind of text, "
+            "name another --source-key"
+        )
     return (
         SPLITS.index(split),
-        tally.sources.setdefault(source, len(tally.sources)),
+        number,
         *document_uid(sha256, line.number),
         content,
         tally.tokens,

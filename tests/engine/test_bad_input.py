@@ -183,3 +183,15 @@ def test_a_missing_shard_stops_with_3_before_anything_is_written(
     message = refused(capsys, "train", str(config), code=3)
     assert message == f"megaboat train: {copy}/train/lib-00000.tar: shard is missing; index.json names it"
     assert not (tmp_path / "run").exists()
+    (copy / "tokenizer.model").unlink()
+    message = refused(capsys, "train", str(config), code=3)
+    assert message == f"megaboat train: {copy}/tokenizer.model: tokenizer is missing; index.json names it"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_a_file(dataset_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    config = write_config(tmp_path / "run.yaml", tiny_tree(dataset_folder, tmp_path / "file"))
+    (command,) = start_commands(1, tmp_path, "train", str(config))
+    last = ended(command, tmp_path, 2).strip().splitlines()[-1]
+    assert last.startswith(f"megaboat train: {tmp_path / 'file'}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import zstandard
 
 from megaboat.cli import main
@@ -225,6 +226,31 @@ def test_empty_texts_are_dropped_and_counted_apart(prepare: Run, tmp_path: Path,
 def test_white_space_can_be_kept(prepare: Run, tmp_path: Path, sound: bytes) -> None:
     assert prepare(sound + line_of(" \n\t "), "--empty", "keep")[0] == 0
     assert documents(tmp_path) == SOUND + 1
+
+
+def test_a_text_that_the_tokenizer_makes_nothing_of_is_empty(prepare: Run, tmp_path: Path, sound: bytes) -> None:
+    """sentencepiece's usual normalisation drops a zero-width space, and here no symbol ends a document."""
+    lines = [line for text in real_texts(4) for line in text.splitlines() if line]
+    with (tmp_path / "own.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=400, eos_id=-1, minloglevel=2
+        )
+    data = sound + json.dumps({"text": "\u200b", "meta": {"pile_set_name": "Other"}}).encode()
+    assert prepare(data, "--tokenizer", str(tmp_path / "own.model"))[0] == 0
+    (entry,) = index_of(tmp_path)["inputs"]
+    assert (entry["empty"], documents(tmp_path)) == (1, SOUND)
+
+
+def test_a_source_for_each_document_is_refused(prepare: Run) -> None:
+    lines = [b'{"text": "a", "meta": {"pile_set_name": "%d"}}\n' % number for number in range((1 << 16) + 1)]
+    code, said = prepare(b"".join(lines))
+    assert code == 2
+    assert "corpus.jsonl:65537: over 65,535 sources; 'meta.pile_set_name' is no kind of text" in said
+
+
+def test_lines_are_documents_whatever_the_name_says_before(prepare: Run, tmp_path: Path, sound: bytes) -> None:
+    assert prepare(sound, name="pile.txt.jsonl")[0] == 0
+    assert documents(tmp_path) == SOUND
 
 
 def test_the_last_of_two_equal_keys_wins(prepare: Run, tmp_path: Path) -> None:
