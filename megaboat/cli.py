@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megaboat import __version__
-from megaboat.errors import MegaboatError
+from megaboat.errors import REFUSED, BadInput, MegaboatError
 from megaboat.imports import load
 
 # Each module offers add_arguments(parser) and run(args) -> exit code or None.
@@ -59,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegaboatError as error:
         print(f"megaboat {chosen.command}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None and error.errno not in REFUSED:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"megaboat {chosen.command}: {where}{error.strerror}", file=sys.stderr)
+        return BadInput.exit_code
     except KeyboardInterrupt:
         print(f"megaboat {chosen.command}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

@@ -1,5 +1,10 @@
 """What can go wrong, each with the exit code a shell or a scheduler sees."""
 
+import errno
+
+# Of an OSError: the disk takes nothing, whatever the file.
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+
 
 class MegaboatError(Exception):
     """Base of the errors that the command line prints as one line, without a traceback."""

@@ -9,6 +9,7 @@ megaboat, with torch and transformers alone, repeats the model's logits, decisio
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from megaboat.errors import BadInput
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         folder = import_export(arguments.source, arguments.out, arguments.force)
         print(f"{folder}: weights, step and data position of the export; AdamW's moments are zero")
         return
-    if not arguments.shard_gb > 0:
+    if not 0 < arguments.shard_gb < math.inf:
         raise BadInput(f"--shard-gb {arguments.shard_gb}: give a size above 0")
     shard_bytes = int(arguments.shard_gb * 1e9)
     proof = export(arguments.source, arguments.out, arguments.license, arguments.text, shard_bytes, arguments.force)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megaboat.data.reader import find_inputs
 from megaboat.data.train_tokenizer import KINDS, train_tokenizer
+from megaboat.errors import BadInput
 from megaboat.log import setup_logging
 
 
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train and print what identifies the result."""
     setup_logging()
+    if args.max_lines < 1:
+        raise BadInput(f"--max-lines {args.max_lines}: at least 1")
     inputs = find_inputs(args.input)
     tokenizer = train_tokenizer(
         inputs, args.vocab_size, args.out, args.kind, args.max_lines, args.text_key, progress=True

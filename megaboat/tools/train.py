@@ -7,7 +7,6 @@ A run folder that holds a checkpoint is resumed. SIGTERM, SIGUSR1, SIGUSR2 or Ct
 """
 
 import argparse
-import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +22,11 @@ from megaboat.engine.places import attempt_name
 from megaboat.engine.ranks import Ranks, this_process
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.stop import StopRequest, write_outcome
-from megaboat.errors import BadInput, MegaboatError
+from megaboat.errors import REFUSED, BadInput, MegaboatError
 from megaboat.log import get_logger, setup_logging
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

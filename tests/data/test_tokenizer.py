@@ -9,6 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaboat.cli import main
 from megaboat.data.documents import SENTENCEPIECE_SPACE, parse_line
 from megaboat.data.reader import read_lines
 from megaboat.data.tokenizer import Tokenizer, open_tokenizer, split_lines
@@ -43,6 +44,13 @@ def test_any_unicode_comes_back(tokenizer: Tokenizer, text: str) -> None:
     # The one known exception: sentencepiece writes a space as U+2581, so this character comes back as a space.
     assert tokenizer.decode(ids) == text.replace(SENTENCEPIECE_SPACE, " ")
     assert ids.size == 0 or (ids.min() >= 3 and ids.max() < tokenizer.vocab_size)
+
+
+def test_no_lines_to_train_on_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = write_jsonl(tmp_path / "a.jsonl", real_texts(1))
+    train = ["tokenizer", "train", "--input", str(texts), "--vocab-size", "400", "--out", str(tmp_path / "t.model")]
+    assert main([*train, "--max-lines", "0"]) == 2
+    assert "--max-lines 0: at least 1" in capsys.readouterr().err
 
 
 @settings(max_examples=200)

@@ -23,6 +23,7 @@ from megaboat.engine.run_config import RunConfig
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.model.seqboat import SeqBoat
+from tests.corpus import real_texts, write_jsonl
 from tests.distributed import run_on_ranks, start_commands
 from tests.engine.conftest import tiny_config, tiny_tree
 from tests.engine.runs import ended, losses, train_on_rank, wait_for_step, write_config
@@ -145,6 +146,18 @@ def test_a_full_disk_that_refuses_even_the_metrics(dataset_folder: Path, tmp_pat
     assert "make room or mend the disk, and the same command goes on" in said[0]
     (again,) = start_commands(1, tmp_path, "train", str(config))
     ended(again, tmp_path, 0)
+
+
+def no_file_over(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_is_one_line_of_other_commands_too(tmp_path: Path) -> None:
+    texts = write_jsonl(tmp_path / "texts.jsonl", real_texts(5, max_chars=6000))
+    train = ["tokenizer", "train", "--input", str(texts), "--vocab-size", "400", "--out", str(tmp_path / "t.model")]
+    (command,) = start_commands(1, tmp_path, *train, before=(no_file_over, 2000))
+    messages = ended(command, tmp_path, 2)
+    assert messages.splitlines()[-1] == f"megaboat tokenizer: {os.strerror(errno.EFBIG)}"
 
 
 def test_out_of_memory_names_three_knobs(dataset_folder: Path, tmp_path: Path) -> None:

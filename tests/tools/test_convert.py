@@ -315,6 +315,14 @@ def assert_refused(
     assert not (tmp_path / "out").exists(), "nothing was written"
 
 
+@pytest.mark.parametrize("size", ["0", "nan", "inf"])
+def test_a_size_that_is_none_is_refused(
+    size: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("to-hf", run_folder, "--out", tmp_path / "out", "--shard-gb", size) == 2
+    assert "give a size above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["absent.txt", "empty.txt"])
 def test_a_text_that_proves_nothing_is_refused(
     text: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
