@@ -106,7 +106,8 @@ def _assemble(pieces: list[Piece]) -> FastTokenizer:
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     symbols = [piece.text for piece in pieces if piece.kind in (CONTROL, UNKNOWN)]
     fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in symbols])
-    added = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
+    # sentencepiece looks for them where spaces are U+2581 already, and so finds none that has a space.
+    added = [piece.text for piece in pieces if piece.kind == USER_DEFINED and " " not in piece.text]
     fast.add_tokens([AddedToken(text, special=False, normalized=True) for text in added])
     return fast
 

@@ -67,6 +67,29 @@ def test_any_text(pairs: dict, text: str) -> None:
         assert_same(pairs[kind], text)
 
 
+def test_symbols_of_the_user_are_read_from_text(tmp_path: Path) -> None:
+    symbols = ["import", "    ", " self", "\u2581\u2581", ":\n", "<|code|>"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines()),
+        model_writer=model,
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=symbols,
+        minloglevel=2,
+    )
+    ours = SentencePieceTokenizer(model.getvalue(), "theirs")
+    write_tokenizer(ours, ours.eos_id, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert isinstance(theirs, PreTrainedTokenizerFast)
+    for text in ["".join(symbols), *HARD, *real_texts(10)]:
+        assert_same((ours, theirs), text)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_symbols_are_known_to_code_and_not_read_from_text(kind: str, pairs: dict) -> None:
     ours, theirs = pairs[kind]
