@@ -2,6 +2,9 @@
 
 import argparse
 import logging
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -52,13 +55,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 bad input, 3 damaged data, 4 diverged, 130 interrupted."""
+    """Run one command and return its exit code.
+
+    0 done, 2 bad input, 3 damaged data, 4 diverged, 130 interrupted, 141 where nobody reads the output any more.
+    """
     chosen = build_parser().parse_args(argv)
     try:
-        return _run(chosen.command, chosen.arguments)
+        code = _run(chosen.command, chosen.arguments)
+        print(end="", flush=True)
+        return code
     except MegaboatError as error:
         print(f"megaboat {chosen.command}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left would be written at the end
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None and error.errno not in REFUSED:
             raise
@@ -68,6 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"megaboat {chosen.command}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _run(command: str, argv: Sequence[str]) -> int:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,12 @@ def test_a_file_that_cannot_be_written_is_one_line(
     assert main(["eval", str(bytes_run), "--text", str(tmp_path / "text.txt"), "--json", str(absent)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"megaboat eval: {absent}: {os.strerror(2)}"
+
+
+@pytest.mark.parametrize("buffering", [1, -1], ids=["by line", "whole"])
+def test_a_reader_that_has_gone_is_no_traceback(buffering: int, bytes_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("import os")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering) as gone, redirect_stdout(gone):
+        assert main(["eval", str(bytes_run), "--text", str(tmp_path / "text.txt")]) == 128 + signal.SIGPIPE
