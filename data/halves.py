@@ -47,11 +47,17 @@ def main() -> None:
     parser.add_argument("input", type=Path, metavar="FILE.jsonl.zst")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args()
-    with arguments.input.open("rb") as file:
-        text = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8", newline="\n")
-        documents = [json.loads(line) for line in text]
+    try:
+        with arguments.input.open("rb") as file:
+            text = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8", newline="\n")
+            dealt = halves([json.loads(line) for line in text])
+    except OSError as error:
+        parser.exit(2, f"halves: {arguments.input}: {error.strerror}\n")
+    except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+        what = 'expected zstd of lines {"text": ..., "meta": {"pile_set_name": ...}}'
+        parser.exit(2, f"halves: {arguments.input}: {what} ({error})\n")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, half in zip(NAMES, halves(documents), strict=True):
+    for name, half in zip(NAMES, dealt, strict=True):
         lines = "".join(json.dumps(document) + "\n" for document in half)
         (arguments.out / f"{name}.jsonl.zst").write_bytes(zstandard.ZstdCompressor(LEVEL).compress(lines.encode()))
         size = sum(len(document["text"].encode()) for document in half)

@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megaboat import __version__
 from megaboat.errors import REFUSED, BadInput, MegaboatError
@@ -33,16 +34,23 @@ COMMANDS = {
     "report": ("megaboat.tools.report", "pictures of a run and one offline page that explains them"),
     "tokenizer": ("megaboat.tools.tokenizer", "train a sentencepiece tokenizer"),
     "balance": ("megaboat.tools.balance", "from a trace: what many ranks would wait for each other"),
-    "bench": ("megaboat.tools.bench", "measure the data path and the kernels beside their peers"),
+    "bench": ("megaboat.tools.bench", "measure steps, kernels, data, decoding and GPUs beside a named peer"),
     "doctor": ("megaboat.tools.doctor", "what is installed, what is missing and how to get it"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the commands do; its subparsers too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The top parser: global options and the list of commands; a command's own options come with its module."""
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megaboat",
         description="Train SeqBoat language models: attention only for the tokens that need it.",
         epilog=f"commands:\n{listing}\n\n'megaboat COMMAND --help' explains one command.",
@@ -57,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 done, 2 bad input, 3 damaged data, 4 diverged, 130 interrupted, 141 where nobody reads the output any more.
+    0 done, 2 bad input, 3 damaged data, 4 diverged, 130 interrupted, 141 where nobody reads the output any more. A rank
+    that hangs or loses another ends its process with 5 (`engine.watchdog`).
     """
     chosen = build_parser().parse_args(argv)
     try:
@@ -93,7 +102,7 @@ def _reader_has_gone() -> bool:
 def _run(command: str, argv: Sequence[str]) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a read-only home is no news at each start
     module = load(COMMANDS[command][0])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"megaboat {command}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

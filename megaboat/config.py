@@ -6,6 +6,7 @@ them. Precedence: defaults < YAML file < command line.
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -97,14 +98,19 @@ def _parse(text: str) -> Any:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def key_and_value(override: str) -> tuple[str, Any]:
+    """The two of `section.key=value`, the value as YAML has it. Raises BadInput for anything else."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise BadInput(f"override {override!r}: expected section.key=value")
     try:
-        value = _parse(text)
+        return key, _parse(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise BadInput(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, value = key_and_value(override)
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
@@ -117,6 +123,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(kind: type[Section], error: Any) -> str:
     key, holder = _locate(kind, [str(part) for part in error["loc"]])
+    if error["type"].startswith("union_tag"):
+        return _explain_choice(key, sections_of(holder.model_fields[key.rpartition(".")[2]].annotation), error["input"])
     if error["type"] != "extra_forbidden":
         given = f" (given: {error['input']!r})" if key and not isinstance(error["input"], dict) else ""
         message = error["msg"].removeprefix("Value error, ")
@@ -125,6 +133,15 @@ def _explain(kind: type[Section], error: Any) -> str:
     close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
     return f"unknown key {key!r}; {hint}"
+
+
+def _explain_choice(key: str, sections: Mapping[str | None, type[Section]], given: Any) -> str:
+    """What is wrong with a section that may be one of several, told apart by their first key."""
+    tags = [tag for tag in sections if tag]
+    name = next(iter(sections[tags[0]].model_fields))
+    if isinstance(given, dict):
+        return f"{key}.{name}: expected one of {', '.join(tags)} (given: {given.get(name)!r})"
+    return f"{key}: expected a section such as {{{name}: {tags[-1]}}} (given: {given!r})"
 
 
 def _locate(kind: type[Section], location: list[str]) -> tuple[str, type[Section]]:

@@ -93,7 +93,8 @@ class SeqBoatConfig(Section):
     @pydantic.model_validator(mode="after")
     def _heads_divide_values(self) -> "SeqBoatConfig":
         if self.value_dim % self.heads:
-            raise ValueError(f"value_dim {self.value_dim} is not a multiple of heads {self.heads}")
+            hint = "set heads to a divisor of it, or with both left out width to a multiple of 128"
+            raise ValueError(f"value_dim {self.value_dim} is not a multiple of heads {self.heads}; {hint}")
         return self
 
 

@@ -37,7 +37,8 @@ class Sampling:
     def __post_init__(self) -> None:
         known = self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0
         if not known:  # a number that is none, too
-            raise ValueError(f"{self}: temperature and top_k from 0, top_p in (0, 1], repetition_penalty above 0")
+            given = ", ".join(f"{name} {value:g}" for name, value in vars(self).items() if name != "seed")
+            raise ValueError(f"{given}: temperature and top_k from 0, top_p in (0, 1], repetition_penalty above 0")
 
 
 class Reader(Protocol):

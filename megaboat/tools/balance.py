@@ -12,9 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megaboat.errors import BadInput
 from megaboat.parallel.balance.simulate import Case, Check, Result, check, fit_trace, simulate
 from megaboat.parallel.balance.trace import Trace, read_trace
 from megaboat.tools.balance_figures import slow_down_figure
+from megaboat.tools.options import output_file
 from megaboat.tools.report_page import png
 
 LIMITS = (
@@ -28,21 +30,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="balance", required=True, metavar="simulate")
     command = commands.add_parser("simulate", help="slow-down against the number of ranks, by way of training")
     command.add_argument("trace", type=Path, metavar="TRACE", help="trace.jsonl, or the folder of the run")
-    command.add_argument("--ranks", type=_numbers, default=[8, 64, 512, 4096, 16384], metavar="N,N,...")
-    command.add_argument("--zero", type=_syncs, default=["1", "3"], metavar="1,2,3,layer", help="when ranks meet")
-    command.add_argument("--accumulate", type=_numbers, default=[1, 8], metavar="N,N,...", help="micro-batches a step")
-    command.add_argument("--micro-batch", type=int, default=1, metavar="N", help="windows in a micro-batch")
+    said = "; default: %(default)s"
+    command.add_argument(
+        "--ranks", type=_numbers, default="8,64,512,4096,16384", metavar="N,N,...", help="default: %(default)s"
+    )
+    command.add_argument("--zero", type=_syncs, default="1,3", metavar="1,2,3,layer", help=f"when ranks meet{said}")
+    command.add_argument(
+        "--accumulate", type=_numbers, default="1,8", metavar="N,N,...", help=f"micro-batches a step{said}"
+    )
+    command.add_argument("--micro-batch", type=int, default=1, metavar="N", help=f"windows in a micro-batch{said}")
     command.add_argument("--node", type=int, default=0, metavar="N", help="also: N ranks even out rows layer by layer")
-    command.add_argument("--link", type=float, default=350.0, metavar="GB/s", help="inside a node")
-    command.add_argument("--prefetch", type=int, default=2, metavar="LAYERS", help="ZeRO-3: layers gathered ahead")
-    command.add_argument("--jitter", type=float, default=0.0, metavar="SHARE", help="deviation of the ranks' speeds")
-    command.add_argument("--trials", type=int, default=20, metavar="N", help="steps to draw")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
-    command.add_argument("--picture", type=Path, metavar="FILE", help="draw slow-down against ranks (PNG)")
+    command.add_argument("--link", type=float, default=350.0, metavar="GB/s", help=f"inside a node{said}")
+    command.add_argument("--prefetch", type=int, default=2, metavar="LAYERS", help=f"ZeRO-3: gathered ahead{said}")
+    command.add_argument("--jitter", type=float, default=0.0, metavar="SHARE", help=f"deviation of ranks' speeds{said}")
+    command.add_argument("--trials", type=int, default=20, metavar="N", help=f"steps to draw{said}")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    command.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to a file too")
+    command.add_argument("--picture", type=output_file, metavar="FILE", help="draw slow-down against ranks (PNG)")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    for option, least in (("micro_batch", 1), ("node", 0), ("prefetch", 1), ("trials", 1), ("jitter", 0), ("seed", 0)):
+        if getattr(arguments, option) < least:
+            raise BadInput(f"--{option.replace('_', '-')} {getattr(arguments, option):g}: at least {least}")
+    if not arguments.link > 0:
+        raise BadInput(f"--link {arguments.link:g}: GB/s, above 0")
     trace = read_trace(arguments.trace)
     fit, checked = fit_trace(trace), check(trace)
     results = {case: simulate(trace, fit, case, arguments.trials, arguments.seed) for case in cases(arguments)}
@@ -113,10 +125,10 @@ def _figures(trace: Trace, checked: Check, results: dict[Case, Result]) -> dict[
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected numbers above 0")
-    return numbers
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers above 0, such as 64,512")
+    return [int(part) for part in parts]
 
 
 def _syncs(text: str) -> list[str]:

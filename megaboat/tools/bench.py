@@ -1,6 +1,6 @@
 """Measure beside a named peer: `bench data` the way from shards to batches, `bench kernels` the kernels of this GPU,
-`bench train` whole steps, `bench profile` where their time goes, `bench scale` them on several GPUs, `bench decode`
-generation at long context.
+`bench train` whole steps, `bench profile` where their time goes, `bench scale` them on several GPUs, `bench balance`
+how evenly ranks work, `bench decode` generation at long context.
 """
 
 import argparse
@@ -29,7 +29,14 @@ BENCHES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     for name, module in BENCHES.items():
-        module.add_arguments(commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
+        about = module.__doc__ or ""
+        parser = commands.add_parser(
+            name,
+            help=about.splitlines()[0],
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int | None:

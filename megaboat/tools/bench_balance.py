@@ -38,6 +38,7 @@ from megaboat.engine.trainer import Trainer
 from megaboat.errors import BadInput
 from megaboat.layers.configurator import Configurator, Routing
 from megaboat.log import setup_logging
+from megaboat.tools.options import output_file
 
 WAYS = {
     "domain": ("sorted by source", ["balance.assignment=domain"]),
@@ -68,8 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exchange", type=int, metavar="N", help="also under ZeRO-3, then with rows exchanged between N neighbours too"
     )
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the last way's trace, for balance simulate")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
+    parser.add_argument(
+        "--trace", type=output_file, metavar="FILE", help="keep the last way's trace, for balance simulate"
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to a file too")
 
 
 def run(arguments: argparse.Namespace) -> None:

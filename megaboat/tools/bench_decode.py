@@ -17,13 +17,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from megaboat.errors import MegaboatError
+from megaboat.errors import BadInput, MegaboatError
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
@@ -31,6 +30,7 @@ from megaboat.model.generate import CHUNK, FixedStep
 from megaboat.model.llama import Llama
 from megaboat.model.seqboat import DecodingState, SeqBoat
 from megaboat.tools.bench_check import make_louder
+from megaboat.tools.options import output_file
 
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 16, 1 << 17)
 HEAD = 64
@@ -73,11 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=1024, metavar="W", help="default: 1024")
     parser.add_argument("--rows", type=int, default=1, metavar="B", help="sequences decoded together; default: 1")
     parser.add_argument("--longest", type=int, default=CONTEXTS[-1], metavar="T", help="default: 131072")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write all figures there")
 
 
 def run(args: argparse.Namespace) -> None:
     """Check, time, print."""
+    for option in ("layers", "width", "window", "rows", "longest"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise BadInput(f"--{option} {value}: at least 1")
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     contexts = tuple(context for context in CONTEXTS if context < args.longest) + (args.longest,)

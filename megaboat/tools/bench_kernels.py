@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from megaboat.kernels import flash, reference
 from megaboat.tools.bench_check import EQUATIONS
 from megaboat.tools.bench_published import convolve
 from megaboat.tools.bench_timing import Case, Section, expect_gradients, measure, table, with_gradients
+from megaboat.tools.options import output_file
 
 HEAD = 128
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", choices=list(sections(Sizes())), action="append", help="a table to make; default: all"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write all figures there")
     parser.add_argument("--milliseconds", type=float, default=150.0, help="time for each row; default: 150")
 
 

@@ -14,7 +14,6 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,6 +28,7 @@ from megaboat.tools.bench_check import check
 from megaboat.tools.bench_forced import forced
 from megaboat.tools.bench_timing import Ceilings, ceilings
 from megaboat.tools.bench_train import WARM_UP, Sizes, prepared, step_config, train_step
+from megaboat.tools.options import output_file
 
 # The first pattern that is found in a kernel's name says what it is for.
 ATTENTION, PRODUCTS = "windowed attention", "matrix products"
@@ -66,11 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens a row; default: %(default)s")
     parser.add_argument("--ratio", type=float, default=0.25, help="activation ratio; default: %(default)s")
     parser.add_argument("--micro-batch", type=int, metavar="ROWS", help="default: 65,536 tokens")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and all kernels there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the figures and all kernels there")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Check, profile, print."""
+    if not 0 <= arguments.ratio <= 1:
+        raise BadInput(f"--ratio {arguments.ratio:g}: a share of tokens, from 0 to 1")
+    if arguments.length < 1:
+        raise BadInput(f"--length {arguments.length}: at least 1")
     if not torch.cuda.is_available():
         raise BadInput("bench profile needs a CUDA device")
     sizes, ranks = Sizes(), this_process()

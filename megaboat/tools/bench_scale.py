@@ -43,6 +43,7 @@ from megaboat.tools.bench_scale_table import (
     sentence,
     verdict,
 )
+from megaboat.tools.options import output_file
 from megaboat.tools.plan import with_vocabulary
 from megaboat.tools.plan_layout import USABLE, Layout, configured_bytes, layout_memory, rank_parameters
 
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="of each measurement; default: 300")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="S", help="of everything; default: no end")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write all figures there")
 
 
 def run(arguments: argparse.Namespace) -> None:

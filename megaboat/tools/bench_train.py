@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -42,6 +41,7 @@ from megaboat.tools.bench_check import check, computed
 from megaboat.tools.bench_forced import forced
 from megaboat.tools.bench_graph import Captured
 from megaboat.tools.bench_published import PUBLISHED
+from megaboat.tools.options import output_file
 from megaboat.tools.plan_layout import configured_bytes
 
 WARM_UP = 3  # the first compiles, the next two settle the allocator
@@ -118,14 +118,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each row; default: %(default)s")
     parser.add_argument("--zero", type=int, default=0, choices=(0, 1, 2), help="DeepSpeed's stage; default: 0")
     parser.add_argument("--recompute", choices=RECOMPUTED, help="default: what fits, nothing first")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write all figures there")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Check, time, print."""
+    sizes = _sizes(arguments)
     if not torch.cuda.is_available():
         raise BadInput("bench train needs a CUDA device")
-    sizes = _sizes(arguments)
     rows = []
     ranks = this_process()
     connect(ranks)
@@ -153,6 +153,11 @@ def _sizes(arguments: argparse.Namespace) -> Sizes:
         ratios = tuple(float(text) for text in arguments.ratios.split(","))
     except ValueError as error:
         raise BadInput(f"--lengths and --ratios take numbers with commas between: {error}") from None
+    if outside := [ratio for ratio in ratios if not 0 <= ratio <= 1]:
+        raise BadInput(f"--ratios {outside[0]:g}: a share of tokens, from 0 to 1")
+    for option, least in (("lengths", min(lengths)), ("tokens", arguments.tokens), ("steps", arguments.steps)):
+        if least < 1:
+            raise BadInput(f"--{option} {least}: at least 1")
     return Sizes(
         families={name: known[name] for name in known if name in wanted},
         lengths=lengths,

@@ -216,11 +216,15 @@ class Classification:
         free = {"steps", "warmup", "eval_every", "micro_batch", "out"}
         changed = [key for key, value in held if key not in free and value != getattr(self.config, key)]
         if changed:
-            raise BadInput(f"{file} is of another run: {changed[0]} differs; name another out")
+            key = changed[0]
+            before, now = getattr(held, key), getattr(self.config, key)
+            told = "" if isinstance(now, Section) else f" ({before} before, {now} now)"
+            raise BadInput(f"{file} is of another run: {key} differs{told}; name another out")
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError) as error:
-            raise DamagedData(f"{file} is damaged ({str(error).splitlines()[0]}); remove it to begin again") from None
+        except Exception as error:  # of several kinds, for bytes that are no checkpoint
+            why = " ".join(str(error).split())[:80]
+            raise DamagedData(f"{file} is damaged ({why}); remove it to begin again") from None
         if state["content"] != self.content:
             raise BadInput(f"{file} was trained on other examples than task finds now; name another out")
         self.step, self.best = state["step"], state["best"]

@@ -21,6 +21,9 @@ from megaboat.data.stats import dataset_stats, stats_table
 from megaboat.data.verify import verify_dataset
 from megaboat.errors import BadInput, DamagedData
 from megaboat.log import setup_logging
+from megaboat.tools.options import output_file
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stats.add_argument("data", type=Path, metavar="DIR", help="dataset folder")
     stats.add_argument(
         "--picture",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="png, svg or pdf to write; default: stats.png in the current folder",
     )
@@ -107,12 +110,14 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _stats(args: argparse.Namespace) -> None:
+    picture = args.picture or output_file("stats.png")
+    if picture.suffix not in PICTURES:
+        raise BadInput(f"--picture {picture}: the suffix says the format, one of {', '.join(PICTURES)}")
     stats = dataset_stats(open_dataset(args.data))
     print(stats_table(stats))
     split = stats[0].split
     shown = [entry for entry in stats if entry.split == split]
     tokens = sum(entry.tokens for entry in shown)
-    picture = args.picture or Path("stats.png")
     draw_stats(shown, f"{args.data.resolve().name}, {split}: {tokens:,} tokens in {len(shown)} sources", picture)
     print(f"picture: {picture}")
 

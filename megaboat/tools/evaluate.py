@@ -28,6 +28,7 @@ from megaboat.log import setup_logging
 from megaboat.tools import thresholds
 from megaboat.tools.baselines import baselines
 from megaboat.tools.loading import LoadedRun, load_run
+from megaboat.tools.options import output_file
 from megaboat.tools.report_page import png
 
 ROWS = 8
@@ -66,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B,B,...",
         help="also at other thresholds: lowered by B temperatures of each layer, inf: all tokens active",
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curve of --activation-bias (PNG)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
+    parser.add_argument("--picture", type=output_file, metavar="FILE", help="draw the curve of --activation-bias (PNG)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures to a file too")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -109,10 +110,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number above 0")
+    return int(text)
 
 
 def table(result: dict[str, Any], peers: dict[str, dict[str, float]]) -> str:

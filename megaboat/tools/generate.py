@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the prompt and its continuation, until the end of the document or --max-tokens."""
+    if arguments.max_tokens < 1:
+        raise BadInput(f"--max-tokens {arguments.max_tokens}: at least 1")
     try:
         sampling = Sampling(
             arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty, arguments.seed

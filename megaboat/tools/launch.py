@@ -37,17 +37,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign]
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="takes precedence over the file")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="ranks on a node; 0: one rank on CPUs")
-    parser.add_argument("--tasks-per-node", type=int, help="ranks on a node where they are not its GPUs")
-    parser.add_argument("--cpus-per-task", type=int, default=8)
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--time", default="24:00:00", help="as for sbatch; a longer run is requeued")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=8,
+        metavar="N",
+        help="0: one rank on CPUs; default: %(default)s",
+    )
+    parser.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on a node; default: one a GPU")
+    parser.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="of a rank; default: %(default)s")
+    parser.add_argument("--partition", metavar="NAME", help="of SLURM; default: the cluster's")
+    parser.add_argument("--account", metavar="NAME", help="of SLURM; default: yours")
+    parser.add_argument(
+        "--time", default="24:00:00", help="as for sbatch; a longer run is requeued; default: %(default)s"
+    )
     parser.add_argument(
         "--sweep", nargs="+", default=[], metavar="section.key=a,b,c", help="all combinations, an array"
     )
-    parser.add_argument("--at-once", type=int, default=256, help="points of a sweep that run at the same time")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=256,
+        metavar="N",
+        help="points of a sweep at a time; default: %(default)s",
+    )
     parser.add_argument("--share", action="store_true", help="do not take whole nodes: for small points of a sweep")
     parser.add_argument("--after", metavar="JOB", help="start when this job has ended, however it ended")
     parser.add_argument(
@@ -152,10 +166,12 @@ def check_config(path: Path, overrides: list[str], nodes: int, tasks: int, elast
     """Raises BadInput with what is wrong with config, corpus or ranks, before anything starts."""
     config = load_config(RunConfig, path, overrides)
     data = config.data.path
-    if data is None or not (data / "index.json").is_file():
+    if data is None:
+        raise BadInput("data.path is not set: name the folder that `megaboat data prepare` wrote")
+    if not (data / "index.json").is_file():
         raise BadInput(
             f"no token shards in {data}: prepare the corpus once with `megaboat data prepare --input "
-            f"'pile/*.jsonl.zst' --tokenizer FILE --out {data or 'DIR'}`, or name another with DATA=DIR"
+            f"'pile/*.jsonl.zst' --tokenizer FILE --out {data}`, or name another with DATA=DIR"
         )
     config = config.with_vocabulary(open_dataset(data, "off").vocab_size)
     fitting = (n for n in range(nodes, 0, -1) if _fits(config, n * tasks))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megaboat.data.config import DataConfig
 from megaboat.data.tokenizer import BYTE_TOKENIZERS, Tokenizer, open_tokenizer
-from megaboat.engine.checkpoint import Checkpoint
+from megaboat.engine.checkpoint import Checkpoint, committed
 from megaboat.engine.run_config import RunConfig
 from megaboat.engine.start import load_weights
 from megaboat.errors import BadInput, DamagedData
@@ -41,8 +41,12 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> LoadedRun:
     Raises BadInput for any other folder and for formats this version does not know, DamagedData where files are not
     as their manifest says or where the tokenizer is not the one of the training.
     """
-    source: Checkpoint | Export = Export(path) if (path / EXPORT_FILE).is_file() else newest_checkpoint(path)
-    source.verify()
+    try:
+        source: Checkpoint | Export = Export(path) if (path / EXPORT_FILE).is_file() else newest_checkpoint(path)
+        source.verify()
+    except DamagedData as error:
+        older = committed(path / "checkpoints")[:-1]
+        raise DamagedData(f"{error}{f'; the checkpoint before it is {older[-1]}' if older else ''}") from None
     model = build_model(source.config.model, seed=0)
     load_weights(model, with_unsaved(model, source.model()), str(source.folder))
     tokenizer = tokenizer_of(source)
@@ -55,7 +59,7 @@ def newest_checkpoint(path: Path) -> Checkpoint:
     """The last checkpoint of a run folder, or `path` itself. Raises BadInput where there is none."""
     if (path / "state.json").is_file():
         return Checkpoint(path)
-    folders = [folder for folder in (path / "checkpoints").glob("step-*") if folder.name[5:].isdigit()]
+    folders = committed(path / "checkpoints")
     if not folders:
         what = "an empty or unfinished run" if (path / "config.yaml").is_file() else "neither a run nor an export"
         raise BadInput(
@@ -63,7 +67,7 @@ def newest_checkpoint(path: Path) -> Checkpoint:
             if path.is_dir()
             else f"{path}: no such folder"
         )
-    return Checkpoint(max(folders, key=lambda folder: int(folder.name[5:])))
+    return Checkpoint(folders[-1])
 
 
 def tokenizer_of(source: Checkpoint | Export) -> Tokenizer:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs = actions.add_parser("run", help="plan the cells, and run those that are missing")
     runs.set_defaults(function=_run)
     runs.add_argument("study", type=Path, metavar="STUDY.yaml")
-    runs.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all cells, before the file's")
+    runs.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all cells, over the file's `set`")
     runs.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; default: the file's")
     runs.add_argument("--jobs", type=int, metavar="N", help="cells at once; default: one a GPU, or one on CPUs")
     runs.add_argument("--devices", metavar="I,I,...", help="GPUs to share out; default: all that are visible")

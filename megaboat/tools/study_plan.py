@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
-from megaboat.config import Section, load_config
+from megaboat.config import Section, key_and_value, load_config
 from megaboat.engine.run_config import RunConfig
 from megaboat.errors import BadInput
 from megaboat.model.build import count_parameters
@@ -137,7 +137,7 @@ def read_study(path: Path, out: Path | None = None, changes: list[str] | None = 
     """
     path = path / RESOLVED if path.is_dir() else path
     study = load_config(Study, path)
-    for_all = study.set | dict(_key_and_value(override) for override in changes or [])
+    for_all = study.set | dict(key_and_value(override) for override in changes or [])
     study = study.model_copy(update={"base": path.parent / study.base, "out": out or study.out, "set": for_all})
     found: dict[str, Cell] = {}
     for grid in study.grids:
@@ -252,17 +252,6 @@ def _cells(study: Study, grid: Mapping[str, list[Any] | dict[str, Changes]]) -> 
         changes["train.out"] = str(study.out / "cells" / name)
         written = tuple(f"{key}={_one_line(value)}" for key, value in changes.items())
         yield Cell(name, levels, written, load_config(RunConfig, study.base, written))
-
-
-def _key_and_value(override: str) -> tuple[str, Any]:
-    key, separator, text = override.partition("=")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        separator = ""
-    if not separator or not key:
-        raise BadInput(f"override {override!r}: expected section.key=value")
-    return key, value
 
 
 def _levels(axis: str, levels: list[Any] | dict[str, Changes]) -> Iterator[tuple[str, Changes]]:

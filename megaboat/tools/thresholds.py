@@ -4,9 +4,10 @@ A bias b moves every threshold by b temperatures of its layer, so that more (b >
 activates all tokens, -inf none. The model has learned at bias 0.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -126,7 +127,8 @@ def figure(points: list[dict[str, Any]], theme: Theme = LIGHT) -> Figure:
 
 def parse(text: str) -> list[float]:
     """Numbers from `-1,0,inf`."""
-    biases = [float(part) for part in text.split(",")]
-    if any(math.isnan(bias) for bias in biases):
-        raise ValueError(text)
-    return biases
+    with suppress(ValueError):
+        biases = [float(part) for part in text.split(",")]
+        if not any(math.isnan(bias) for bias in biases):
+            return biases
+    raise argparse.ArgumentTypeError(f"{text!r}, expected numbers such as -1,0,inf")

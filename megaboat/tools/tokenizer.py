@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train and print what identifies the result."""
     setup_logging()
-    if args.max_lines < 1:
-        raise BadInput(f"--max-lines {args.max_lines}: at least 1")
+    for option, value in (("vocab-size", args.vocab_size), ("max-lines", args.max_lines)):
+        if value < 1:
+            raise BadInput(f"--{option} {value}: at least 1")
     inputs = find_inputs(args.input)
     tokenizer = train_tokenizer(
         inputs, args.vocab_size, args.out, args.kind, args.max_lines, args.text_key, progress=True

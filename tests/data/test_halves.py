@@ -43,3 +43,14 @@ def test_halves_hold_everything_once_and_every_source_alike(tmp_path: Path) -> N
         assert sorted(first[source] + second[source]) == sorted(whole)
         sizes = [sum(map(len, half[source])) for half in halves]
         assert sizes[0] == pytest.approx(sizes[1], rel=0.15)
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("no zstd")
+    for name, said in (("absent", "absent: No such file"), ("plain.txt", "plain.txt: expected zstd of lines")):
+        command = [sys.executable, str(RECIPE), str(tmp_path / name), "--out", str(tmp_path / "halves")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "halves").exists()

@@ -6,10 +6,11 @@ import weakref
 import pytest
 import torch
 
+from megaboat.cli import main
 from megaboat.engine.ranks import Ranks
-from megaboat.errors import BadInput
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
-from megaboat.tools import bench_train
+from megaboat.tools import bench, bench_train
+from megaboat.tools.bench import BENCHES
 from megaboat.tools.bench_forced import _decisions
 from megaboat.tools.bench_train import Row, Sizes, compare, line
 from tests.distributed import run_on_ranks
@@ -103,7 +104,34 @@ def test_runs_have_the_ratio_and_the_length_that_they_say() -> None:
     assert float(active_X.sum() / starts) == pytest.approx(64, rel=0.1)
 
 
-def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("train", "bench train needs a CUDA device"),
+        ("train --ratios 0.5,25", "--ratios 25: a share of tokens, from 0 to 1"),
+        ("train --ratios half", "could not convert string to float: 'half'"),
+        ("train --lengths 0", "--lengths 0: at least 1"),
+        ("train --steps 0", "--steps 0: at least 1"),
+        ("train --families mamba", "--families: no mamba; there are llama, seqboat, scaled"),
+        ("profile", "bench profile needs a CUDA device"),
+        ("profile --ratio 25", "--ratio 25: a share of tokens, from 0 to 1"),
+        ("profile --length 0", "--length 0: at least 1"),
+    ],
+)
+def test_refuses_in_one_line(
+    options: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options before the device: what is wrong with them is said on any machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadInput, match="CUDA"):
-        bench_train.run(None)  # type: ignore[arg-type]
+    assert main(["bench", *options.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_help_explains_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, module in BENCHES.items():
+        with pytest.raises(SystemExit):
+            main(["bench", name, "--help"])
+        assert (module.__doc__ or "").strip() in capsys.readouterr().out
+        assert f"bench {name}" in (bench.__doc__ or "")

@@ -81,9 +81,10 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path) -> None:
     parts += [resumed.update()["loss"] for _ in range(9)]
     assert parts == losses
     file = config.out / "checkpoint.pt"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DamagedData, match=r"checkpoint.pt is damaged .* remove it to begin again"):
-        Classification(config, task)
+    for content in (file.read_bytes()[:-100], b"no checkpoint", bytes(range(256))):
+        file.write_bytes(content)
+        with pytest.raises(DamagedData, match=r"checkpoint.pt is damaged .* remove it to begin again"):
+            Classification(config, task)
 
 
 def test_an_update_in_parts_is_the_whole_one(tmp_path: Path) -> None:

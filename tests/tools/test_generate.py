@@ -1,5 +1,6 @@
 """`megaboat generate`: whole characters as they come, from runs and checkpoints, and clear words for the rest."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from megaboat.data.tokenizer import Tokenizer, open_tokenizer
 from megaboat.data.train_tokenizer import train_tokenizer
+from megaboat.errors import DamagedData
 from megaboat.tools import generate as command
 from megaboat.tools.generate import TextStream
+from megaboat.tools.loading import load_run
 from tests.corpus import real_texts, write_jsonl
 from tests.tools.hf_runs import SMALL, make_run
 
@@ -135,3 +138,12 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path, capsys: pytest.Capt
     assert f"{tmp_path}: neither a run nor an export" in capsys.readouterr().err
     assert generate(str(tmp_path / "absent"), "--prompt", "x") == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_names_the_one_before(run_folder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    shutil.copytree(run / "checkpoints" / "step-3", run / "checkpoints" / "step-10")
+    (run / "checkpoints" / "step-10" / "state.json").write_text("{")
+    with pytest.raises(DamagedData, match=r"step-10/state.json: not JSON.*; the checkpoint before it is .*step-3$"):
+        load_run(run)
+    load_run(run / "checkpoints" / "step-3")

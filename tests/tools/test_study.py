@@ -73,12 +73,12 @@ def test_a_grid_is_every_combination_and_grids_are_joined(tmp_path: Path) -> Non
         {"size": SIZES, "optim.lr": [1e-3, 2e-3], "seed": SEEDS},
         {"size": {"two": SIZES["two"]}, "optim.lr": [2e-3, 4e-3], "seed": SEEDS},
     ]
-    plan = study(tmp_path, grids, "train.steps=7", set={"model.window": 5, "optim.lr": 9.0})
+    plan = study(tmp_path, grids, "train.steps=7", "train.profile=3:5", set={"model.window": 5, "optim.lr": 9.0})
     assert len(plan.cells) == 12 + 2
     cell = next(cell for cell in plan.cells if cell.levels == {"size": "three", "lr": "0.002", "seed": "b"})
     config = cell.config
     assert (config.model.layers, config.optim.lr, config.train.seed, config.data.seed) == (3, 2e-3, 1, 1)
-    assert (config.model.window, config.train.steps) == (5, 7)
+    assert (config.model.window, config.train.steps, config.train.profile) == (5, 7, "3:5")
     assert cell.out == tmp_path / "study" / "cells" / cell.name
     assert plan.factors == ["size"]
     write_study(plan)
@@ -140,7 +140,7 @@ def test_the_best_rate_and_whether_it_lies_at_the_border(
 
 def test_overrides_that_are_none_are_refused(tmp_path: Path) -> None:
     for override in ("train.steps", "=5", "model.window=[1"):
-        with pytest.raises(BadInput, match="expected section.key=value"):
+        with pytest.raises(BadInput, match="expected section.key=value|not a YAML value"):
             study(tmp_path, [{"model.window": [4]}], override)
 
 

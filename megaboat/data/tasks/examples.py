@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import multiprocessing
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -112,9 +114,9 @@ def draw_once(
     said = np.array([*counts, *settings])
     file = folder / f"{name}.npz"
     if file.is_file():
-        with np.load(file) as held:
-            if not np.array_equal(held["settings"], said):
-                raise BadInput(f"{file} was drawn with other settings {held['settings'].tolist()}: name another folder")
+        (held,) = _read(file, "settings")
+        if not np.array_equal(held, said):
+            raise BadInput(f"{file} was drawn with other settings {held.tolist()}: name another task.folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
     drawn = _draw(sum(counts), _in_order(chunk, settings), name)
@@ -132,8 +134,7 @@ def draw_once(
 
 def open_drawn(folder: Path, name: str, normal: tuple[float, float] | None = None) -> dict[str, Examples]:
     """The splits that `draw_once` wrote."""
-    with np.load(folder / f"{name}.npz") as held:
-        counts, values, border, label = (held[key] for key in ("counts", "values", "border", "label"))
+    counts, values, border, label = _read(folder / f"{name}.npz", "counts", "values", "border", "label")
     if len(label) != counts.sum() or len(values) != border[-1]:
         raise DamagedData(f"{folder / f'{name}.npz'} does not hold the examples that it counts; delete it")
     edge = np.concatenate([[0], np.cumsum(counts)])
@@ -141,6 +142,14 @@ def open_drawn(folder: Path, name: str, normal: tuple[float, float] | None = Non
         split: Examples(values, border[edge[i] : edge[i + 1] + 1], label[edge[i] : edge[i + 1]], normal)
         for i, split in enumerate(SPLITS)
     }
+
+
+def _read(file: Path, *names: str) -> list[np.ndarray]:
+    try:
+        with np.load(file) as held:
+            return [held[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedData(f"{file} cannot be read ({error}); delete it, and it is drawn again") from None
 
 
 def _draw(wanted: int, chunks: Iterable[list[Example]], name: str) -> dict[bytes, int]:

@@ -10,7 +10,7 @@ import pytest
 
 from megaboat.data.tasks import listops
 from megaboat.data.tasks.listops import SYMBOLS, ListOps, draw_tree
-from megaboat.errors import BadInput
+from megaboat.errors import BadInput, DamagedData
 
 MEANING = {
     "[MIN": min,
@@ -78,3 +78,8 @@ def test_the_same_trees_in_any_number_of_processes_and_none_twice(
     assert len(set(written)) == 50
     with pytest.raises(BadInput, match="other settings"):
         ListOps(folder=tmp_path / "one", counts=(30, 10, 11), lengths=(5, 40), seed=7).open()
+    (file,) = (tmp_path / "one").glob("*.npz")
+    for content in (file.read_bytes()[:500], b"no trees", b""):
+        file.write_bytes(content)
+        with pytest.raises(DamagedData, match=r"npz cannot be read .*; delete it, and it is drawn again"):
+            ListOps(folder=tmp_path / "one", counts=(30, 10, 10), lengths=(5, 40), seed=7).open()
