@@ -1,5 +1,6 @@
 """`megaboat eval` where there is little text, or nowhere to write."""
 
+import errno
 import json
 import os
 import signal
@@ -76,10 +77,10 @@ def test_a_file_that_cannot_be_written_is_one_line(
     bytes_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text("import os")
-    absent = tmp_path / "absent" / "out.json"
-    assert main(["eval", str(bytes_run), "--text", str(tmp_path / "text.txt"), "--json", str(absent)]) == 2
+    endless = tmp_path / ("x" * 300)
+    assert main(["eval", str(bytes_run), "--text", str(tmp_path / "text.txt"), "--json", str(endless)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"megaboat eval: {absent}: {os.strerror(2)}"
+    assert said == f"megaboat eval: {endless}: {os.strerror(errno.ENAMETOOLONG)}"
 
 
 @pytest.mark.parametrize("buffering", [1, -1], ids=["by line", "whole"])
