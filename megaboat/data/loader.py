@@ -17,7 +17,7 @@ from megaboat.data.batch import Batch, assemble
 from megaboat.data.config import DataConfig
 from megaboat.data.dataset import DamagedBlock, Dataset
 from megaboat.data.ledger import step_crc
-from megaboat.data.plan import TRAIN, check_epochs, make_order, row_length
+from megaboat.data.plan import TRAIN, check_epochs, excluded_blocks, make_order, row_length
 from megaboat.errors import BadInput, DamagedData
 from megaboat.log import get_logger
 
@@ -114,8 +114,9 @@ class Loader:
         """Refuse to go on from `state` with other data. The loader must stand at its consumed_windows.
 
         Raises BadInput when dataset, order or cursor are not those of the checkpoint, DamagedData when its own
-        counts are wrong or the last batch, read again, is not what it was. With data.accept_change another dataset
-        or order is taken, with a warning: windows from the cursor on are then those of the new order.
+        counts are wrong or the last batch, read again, is not what it was, but for blocks that are excluded. With
+        data.accept_change another dataset or order is taken, with a warning: windows from the cursor on are then
+        those of the new order.
         """
         n = self.consumed_windows
         mine = {"format": STATE_FORMAT, "dataset_id": self.dataset.dataset_id, "plan_id": self.order.plan_id(n)}
@@ -144,7 +145,13 @@ class Loader:
         size = state["global_batch"]
         if n >= size > 0:
             reader = WindowReader(self.config, self.dataset, self.order.locate)  # the other is the thread's
-            crc = step_crc(reader.read(n - size, n).crcs)
+            try:
+                crc = step_crc(reader.read(n - size, n).crcs)
+            except DamagedBlock as damage:
+                if damage.block not in excluded_blocks(self.config):
+                    raise self._with_remedy(damage, n) from None
+                get_logger().warning("%s; the last batch, which read of it, is not compared", damage)
+                return
             if crc != state["last_batch_crc32"]:
                 raise DamagedData(
                     f"{self.dataset.path}: windows {n - size:,} to {n:,} read again have crc {crc:08x}, when they "

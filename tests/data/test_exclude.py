@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from megaboat.data.config import DataConfig, Phase
 from megaboat.data.dataset import Dataset, open_dataset
+from megaboat.data.ledger import step_crc
 from megaboat.data.loader import Loader
 from megaboat.data.order import CYCLE
 from megaboat.data.plan import excluded_blocks, make_order
@@ -143,6 +145,32 @@ def test_following_the_message_goes_on_past_the_damage(folder: Path, damaged: Pa
         parts = torch.cat([next(loader).tokens_BT for loader in resumed])
         assert torch.equal(parts, next(sound).tokens_BT)
     for loader in (sound, *resumed):
+        loader.close()
+
+
+def test_damage_in_the_batch_before_a_checkpoint_can_be_passed(folder: Path, damaged: Path) -> None:
+    """A resume reads that batch again, and takes what is excluded by then for compared."""
+    sound = open_dataset(folder)
+    step = int(touching(sound, BLOCK, *places(config_of(), sound)).argmax()) // GLOBAL_BATCH + 1
+    loader = Loader(config_of(), sound, GLOBAL_BATCH)
+    last = [next(loader) for _ in range(step)][-1]
+    state = loader.state(step, step_crc(last.crcs))
+    loader.close()
+    with pytest.raises(DamagedData, match="block 1: wrong crc.*add to data.phases: ") as refusal:
+        resume(config_of(), damaged, state)
+    phase = Phase.model_validate(yaml.safe_load(str(refusal.value).partition("add to data.phases: ")[2]))
+    assert phase == without(BLOCK, start=step * GLOBAL_BATCH)
+    resume(config_of(phase), damaged, state)
+    resume(config_of(), folder, state)
+    with pytest.raises(DamagedData, match="read again have crc"):
+        resume(config_of(phase), folder, state | {"last_batch_crc32": 0})
+
+
+def resume(config: DataConfig, folder: Path, state: dict[str, Any]) -> None:
+    loader = Loader(config, open_dataset(folder), GLOBAL_BATCH, consumed_windows=state["consumed_windows"])
+    try:
+        loader.check_resume(state)
+    finally:
         loader.close()
 
 
