@@ -293,12 +293,19 @@ class Trainer:
         return figures
 
     def _go_back(self) -> None:
-        """To the last checkpoint, for another try without the steps that were bad. Raises Diverged if it had one."""
+        """To the last checkpoint, for another try without the steps that were bad. Raises Diverged if it had one.
+
+        If only the last steps were bad, then nowhere instead: another try would come to these weights again.
+        """
         out = self.config.train.out
         self.try_to_save(settle=True)
         checkpoint = agreed_checkpoint(out / "checkpoints", self.ranks)
         why = f"step {self.step}: {self.guard.recent[-1].reason}, and so in {self.guard.streak} steps in a row"
         if checkpoint is None or not self.guard.may_return_to(checkpoint.state["step"]):
+            if self.guard.streak < self.config.train.bad_steps:
+                get_logger().warning("%s, at the end: left out, which is what going back would come to", why)
+                self.guard.streak = 0
+                return
             tried = f"again after going back to {checkpoint.folder}" if checkpoint else "before the first checkpoint"
             report = out / "report" / "diverged.txt"
             if self.ranks.is_first:

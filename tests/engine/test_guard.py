@@ -132,6 +132,25 @@ def test_a_last_step_that_is_bad_is_not_the_end(dataset_folder: Path, tmp_path: 
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-7"
 
 
+def test_a_bad_last_step_does_not_cost_a_run_without_checkpoints(dataset_folder: Path, tmp_path: Path) -> None:
+    """The weights that are saved are those of the step before, as after going back."""
+    for name, save_every in (("alone", 0), ("back", 3)):
+        config = tiny_config(dataset_folder, tmp_path / name, train__steps=4, train__save_every=save_every)
+        assert run_on_ranks(train_spoilt, 1, config, {4: math.nan}) == [("done", 4)]
+    alone, back = (
+        load_file(tmp_path / name / "checkpoints/step-4/model-00001.safetensors") for name in ("alone", "back")
+    )
+    assert all(torch.equal(alone[name], back[name]) for name in back)
+    assert [line["step"] for line in ledger(tmp_path / "alone") if "skipped" in line] == [4]
+
+
+def test_a_bad_last_step_is_no_second_try(dataset_folder: Path, tmp_path: Path) -> None:
+    """The run has gone back to its only checkpoint before, for steps that it leaves out since."""
+    config = tiny_config(dataset_folder, tmp_path / "run", train__steps=9, train__bad_steps=2)
+    assert run_on_ranks(train_spoilt, 1, config, dict.fromkeys((6, 7, 9), math.nan)) == [("done", 9)]
+    assert [line["step"] for line in ledger(tmp_path / "run") if "skipped" in line] == [6, 7, 9]
+
+
 def test_a_checkpoint_that_is_no_better_ends_the_run(dataset_folder: Path, tmp_path: Path) -> None:
     """A weight is not a number in the only checkpoint: exit code 4, and a report of what was seen."""
     out = tmp_path / "run"
