@@ -15,6 +15,7 @@ from megaboat.data.plan import TRAIN, excluded_blocks
 from megaboat.engine.balance import Balance
 from megaboat.engine.checkpoint import Checkpoint, agreed_checkpoint
 from megaboat.engine.deepspeed import Engine, connect
+from megaboat.engine.explain import room_to_start
 from megaboat.engine.fence import OWNER, Fence, take_fence
 from megaboat.engine.guard import Guard, guard_state
 from megaboat.engine.hooks import Hook, JsonLines, Pictures, ProgressBar, ProgressLines, TensorBoard
@@ -57,7 +58,8 @@ def open_run(config: RunConfig, ranks: Ranks, pictures: Pictures | None = None) 
         fence = take_fence(config.train.out, ranks)
         try:
             roll_call(ranks, config.train.out / OWNER)
-            return _open_owned(config, ranks, dataset, watchdog, fence, pictures)
+            with room_to_start(ranks):
+                return _open_owned(config, ranks, dataset, watchdog, fence, pictures)
         except BaseException:
             if fence is not None:
                 fence.release()

@@ -33,12 +33,27 @@ def explained(config: RunConfig, ranks: Ranks, parameters: int, watchdog: Watchd
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             kept = save_snapshot(config.train.out, ranks)
-            asked = str(error).splitlines()[0]
-            what = f"rank {ranks.rank}: out of memory; {advice(config, ranks, parameters)}{kept} ({asked})"
+            what = f"rank {ranks.rank}: out of memory; {advice(config, ranks, parameters)}{kept} ({_first_line(error)})"
             raise OutOfMemory(what) from None
         if any(sign in str(error) for sign in CONTACT):
             watchdog.lost(error)
         raise
+
+
+@contextlib.contextmanager
+def room_to_start(ranks: Ranks) -> Iterator[None]:
+    """Raises OutOfMemory where the model does not fit before its first step."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "`megaboat plan` says what fits: a smaller model, parallel.zero=3 or parallel.tensor on more ranks"
+        raise OutOfMemory(f"rank {ranks.rank}: no memory for the model; {remedy} ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -51,6 +51,16 @@ def test_missing_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_no_memory_holds(dataset_folder: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(dataset_folder, tmp_path / "run", model__vocab_size=1 << 45)
+    (command,) = start_commands(1, tmp_path, "train", str(write_config(tmp_path / "run.yaml", tree)))
+    last = ended(command, tmp_path, 2).strip().splitlines()[-1]
+    assert last.startswith(
+        "megaboat train: rank 0: no memory for the model; `megaboat plan` says what fits: a smaller "
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_corpus_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path / "run.yaml", {"train": {"out": str(tmp_path / "run")}})
     assert "data.path is not set" in refused(capsys, "train", str(config))

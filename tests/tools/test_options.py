@@ -6,6 +6,8 @@ import pytest
 
 from megaboat.cli import main
 
+CONFIG = Path(__file__).parents[2] / "configs" / "125m.yaml"
+
 
 @pytest.mark.parametrize(
     ("command", "said"),
@@ -17,6 +19,7 @@ from megaboat.cli import main
         ("generate absent --prompt hi --max-tokens -3", "--max-tokens -3: at least 1"),
         ("generate absent --prompt hi --top-p 7", "top_p 7, repetition_penalty 1: temperature and top_k from 0, top_p"),
         ("bench decode --window 0", "--window 0: at least 1"),
+        (f"launch {CONFIG} data.path=null", "data.path is not set: name the folder that `megaboat data prepare` wrote"),
         ("bench kernels --json nowhere/kernels.json", "there is no folder nowhere"),
         ("tokenizer train --input absent --vocab-size 0 --out x.model", "--vocab-size 0: at least 1"),
         ("tokenizer train --input absent --vocab-size 9 --max-lines 0 --out x.model", "--max-lines 0: at least 1"),
