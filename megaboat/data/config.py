@@ -50,4 +50,5 @@ class DataConfig(Section):
     verify: Literal["lazy", "full", "off"] = "lazy"
     """Check crcs at first touch, all of them at the start, or never."""
     accept_change: bool = False
-    """Go on from a checkpoint of another dataset or order, from the same window number; said in the log."""
+    """Go on from a checkpoint, or begin again, with another dataset or order, from the same window number; said in the
+    log."""

@@ -61,7 +61,8 @@ class Ledger:
         if before is not None and (before.first_window, before.crc) != (first_window, crc):
             raise DamagedData(
                 f"{self.path}: step {step:,} used window {before.first_window:,} with crc {before.crc:08x}, "
-                f"repeated it is window {first_window:,} with crc {crc:08x}"
+                f"repeated it is window {first_window:,} with crc {crc:08x}; if other data are meant, "
+                "data.accept_change=true takes them"
             )
         self._entries[step] = entry
         if before is None:
