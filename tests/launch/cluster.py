@@ -104,6 +104,11 @@ class Cluster:
             self.power_on(f"mb{number}")
         _until(lambda: self.idle() == self.size, 60, "idle nodes")
 
+    def clear(self) -> None:
+        """End all jobs, and wait for all nodes."""
+        self._ask("scancel", "--full", "--user=root")
+        _until(lambda: self.idle() == self.size, PATIENCE, "idle nodes")
+
     def stop(self) -> None:
         self._ask("scancel", "--full", "--user=root")
         for node in list(self._nodes):

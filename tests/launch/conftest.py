@@ -10,9 +10,16 @@ from tests.launch.cluster import Cluster, why_not
 __all__ = ["dataset_folder"]
 
 
+@pytest.fixture
+def cluster(nodes: Cluster) -> Iterator[Cluster]:
+    """All three nodes free; what a test that fails leaves running is not in the way of the next."""
+    yield nodes
+    nodes.clear()
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes; skips where SLURM cannot be started."""
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Skips where SLURM cannot be started."""
     reason = why_not()
     if reason is not None:
         pytest.skip(f"no SLURM here: {reason}")

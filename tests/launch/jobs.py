@@ -38,6 +38,10 @@ class Job:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.said()}") from None
 
+    def wait_for_news(self) -> None:
+        """Until the run is past all steps noted so far, by lost ranks too: these it must repeat to the letter."""
+        self.wait_for_step((self.out / "data_ledger.jsonl").read_text().count("\n") + 20)
+
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 

@@ -134,13 +134,11 @@ def test_a_lost_node_is_replaced_and_its_ranks_write_no_more(
         cluster.mend(node)
     logs = "".join(path.read_text() for path in (job.out / "logs").glob(f"{job.number}.0.1-*.log"))
     assert f"belongs to SLURM job {job.number}" in logs
-    written = len(losses(job.out))
-    job.wait_for_step(written + 20)
+    job.wait_for_news()
     cluster.run("scancel", "--signal=USR1", job.number)
     job.wait("PENDING")
     cluster.run("scancel", job.number)
     check_whole(job.out, job.outcome()["step"])
-    until(lambda: cluster.idle() == cluster.size, PATIENCE, "the mended node")
 
 
 @pytest.mark.parametrize("loss", ["daemon", "power"])
@@ -163,8 +161,8 @@ def test_a_lost_batch_host_leaves_fewer_nodes_that_go_on(
     try:
         job.wait("PENDING")
         job.wait("RUNNING")
-        job.wait_for_step(len(losses(job.out)) + 20)
         until(lambda: not any(Path(f"/proc/{number}").exists() for number in lost), PATIENCE, "end of the lost ranks")
+        job.wait_for_news()
     finally:
         mend(cluster, first)
         cluster.run("scancel", blocker)
@@ -176,7 +174,6 @@ def test_a_lost_batch_host_leaves_fewer_nodes_that_go_on(
     job.wait("PENDING")
     cluster.run("scancel", job.number)
     check_as_if_alone(job, dataset_folder, tmp_path)
-    until(lambda: cluster.idle() == cluster.size, PATIENCE, "the node")
 
 
 LOSSES = {"daemon": (Cluster.kill_slurmd, Cluster.start_slurmd), "power": (Cluster.power_off, Cluster.power_on)}
