@@ -164,7 +164,7 @@ class _Folder:
 
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()
-        self.scratch = self.out.with_name(self.out.name + ".tmp")
+        self.scratch = self.out.with_name(f".{self.out.name}.unfinished")  # a name that no folder of the user's has
 
     def __enter__(self) -> Path:
         shutil.rmtree(self.scratch, ignore_errors=True)
