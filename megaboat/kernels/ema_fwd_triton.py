@@ -112,6 +112,28 @@ def ema_fwd_carry_kernel(
             tl.store(p_carry + (k + j) * stride, b_h, mask=lanes(o_e, N * D, k + j < K - 1))
 
 
+@triton.jit
+def output_group(
+    b_s, b_q, b_c, b_skip, b_rows, y, pre, t, o_d, m_d,
+    D: tl.constexpr, N: tl.constexpr, SILU: tl.constexpr, SAVE_PRE: tl.constexpr,
+):  # fmt: skip
+    """Store the outputs of GROUP tokens from t on, in which no document begins. Returns the state after them.
+
+    `advance` and `weighted_sum` in one loop: ptxas then needs 128 registers for the kernel instead of 151.
+    """
+    for j in tl.static_range(GROUP):
+        b_x = b_rows[j].to(tl.float32)
+        b_y = b_skip * b_x
+        b_next = ()
+        for n in tl.static_range(N):
+            b_n = tl.fma(b_q[n], b_s[n], b_x)
+            b_next = b_next + (b_n,)
+            b_y = tl.fma(b_c[n], b_n, b_y)
+        b_s = b_next
+        store_output(y, pre, (t + j) * D + o_d, b_y, m_d, SILU, SAVE_PRE)
+    return b_s
+
+
 @scan_kernel
 def ema_fwd_output_kernel(
     x, decay, weight, skip, resets, state, carry, y, pre, state_out, T, K, G,
@@ -143,17 +165,7 @@ def ema_fwd_output_kernel(
         b_now = b_rows
         b_rows = load_rows(p_x + (t + GROUP) * D, D, lanes(o_d, D, length >= t + 2 * GROUP), GROUP)
         if (byte == 0) & (length >= t + GROUP):
-            for j in tl.static_range(GROUP):
-                b_x = b_now[j].to(tl.float32)
-                # `advance` and `weighted_sum` in one loop: ptxas then needs 128 registers instead of 151.
-                b_y = b_skip * b_x
-                b_next = ()
-                for n in tl.static_range(N):
-                    b_n = tl.fma(b_q[n], b_s[n], b_x)
-                    b_next = b_next + (b_n,)
-                    b_y = tl.fma(b_c[n], b_n, b_y)
-                b_s = b_next
-                store_output(y, pre, (t + j) * D + o_d, b_y, m_d, SILU, SAVE_PRE)
+            b_s = output_group(b_s, b_q, b_c, b_skip, b_now, y, pre, t, o_d, m_d, D, N, SILU, SAVE_PRE)
         else:
             for i in range(t, min(t + GROUP, length)):
                 b_s = forget(b_s, (byte >> (i - t)) & 1, N)
