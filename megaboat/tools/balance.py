@@ -16,7 +16,7 @@ from megaboat.errors import BadInput
 from megaboat.parallel.balance.simulate import Case, Check, Result, check, fit_trace, simulate
 from megaboat.parallel.balance.trace import Trace, read_trace
 from megaboat.tools.balance_figures import slow_down_figure
-from megaboat.tools.options import output_file
+from megaboat.tools.options import check_least, output_file
 from megaboat.tools.report_page import png
 
 LIMITS = (
@@ -50,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for option, least in (("micro_batch", 1), ("node", 0), ("prefetch", 1), ("trials", 1), ("jitter", 0), ("seed", 0)):
-        if getattr(arguments, option) < least:
-            raise BadInput(f"--{option.replace('_', '-')} {getattr(arguments, option):g}: at least {least}")
+    check_least(arguments, micro_batch=1, node=0, prefetch=1, trials=1, jitter=0, seed=0)
     if not arguments.link > 0:
         raise BadInput(f"--link {arguments.link:g}: GB/s, above 0")
     trace = read_trace(arguments.trace)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from megaboat.errors import BadInput, MegaboatError
+from megaboat.errors import MegaboatError
 from megaboat.layers.documents import Documents
 from megaboat.model.build import build_model
 from megaboat.model.config import LlamaConfig, SeqBoatConfig
@@ -30,7 +30,7 @@ from megaboat.model.generate import CHUNK, FixedStep
 from megaboat.model.llama import Llama
 from megaboat.model.seqboat import DecodingState, SeqBoat
 from megaboat.tools.bench_check import make_louder
-from megaboat.tools.options import output_file
+from megaboat.tools.options import check_least, output_file
 
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 16, 1 << 17)
 HEAD = 64
@@ -78,9 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check, time, print."""
-    for option in ("layers", "width", "window", "rows", "longest"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise BadInput(f"--{option} {value}: at least 1")
+    check_least(args, layers=1, width=1, window=1, rows=1, longest=1)
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     contexts = tuple(context for context in CONTEXTS if context < args.longest) + (args.longest,)

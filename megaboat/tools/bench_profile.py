@@ -28,7 +28,7 @@ from megaboat.tools.bench_check import check
 from megaboat.tools.bench_forced import forced
 from megaboat.tools.bench_timing import Ceilings, ceilings
 from megaboat.tools.bench_train import WARM_UP, Sizes, prepared, step_config, train_step
-from megaboat.tools.options import output_file
+from megaboat.tools.options import check_least, output_file
 
 # The first pattern that is found in a kernel's name says what it is for.
 ATTENTION, PRODUCTS = "windowed attention", "matrix products"
@@ -73,8 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check, profile, print."""
     if not 0 <= arguments.ratio <= 1:
         raise BadInput(f"--ratio {arguments.ratio:g}: a share of tokens, from 0 to 1")
-    if arguments.length < 1:
-        raise BadInput(f"--length {arguments.length}: at least 1")
+    check_least(arguments, length=1)
     if not torch.cuda.is_available():
         raise BadInput("bench profile needs a CUDA device")
     sizes, ranks = Sizes(), this_process()

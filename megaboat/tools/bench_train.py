@@ -41,7 +41,7 @@ from megaboat.tools.bench_check import check, computed
 from megaboat.tools.bench_forced import forced
 from megaboat.tools.bench_graph import Captured
 from megaboat.tools.bench_published import PUBLISHED
-from megaboat.tools.options import output_file
+from megaboat.tools.options import check_least, output_file
 from megaboat.tools.plan_layout import configured_bytes
 
 WARM_UP = 3  # the first compiles, the next two settle the allocator
@@ -155,9 +155,9 @@ def _sizes(arguments: argparse.Namespace) -> Sizes:
         raise BadInput(f"--lengths and --ratios take numbers with commas between: {error}") from None
     if outside := [ratio for ratio in ratios if not 0 <= ratio <= 1]:
         raise BadInput(f"--ratios {outside[0]:g}: a share of tokens, from 0 to 1")
-    for option, least in (("lengths", min(lengths)), ("tokens", arguments.tokens), ("steps", arguments.steps)):
-        if least < 1:
-            raise BadInput(f"--{option} {least}: at least 1")
+    if min(lengths) < 1:
+        raise BadInput(f"--lengths {min(lengths)}: at least 1")
+    check_least(arguments, tokens=1, steps=1)
     return Sizes(
         families={name: known[name] for name in known if name in wanted},
         lengths=lengths,

@@ -15,6 +15,7 @@ from megaboat.data.tokenizer import Tokenizer
 from megaboat.errors import BadInput
 from megaboat.model.generate import Sampling, generate
 from megaboat.tools.loading import load_run
+from megaboat.tools.options import check_least
 
 BROKEN = "\ufffd"
 
@@ -38,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the prompt and its continuation, until the end of the document or --max-tokens."""
-    if arguments.max_tokens < 1:
-        raise BadInput(f"--max-tokens {arguments.max_tokens}: at least 1")
+    check_least(arguments, max_tokens=1)
     try:
         sampling = Sampling(
             arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty, arguments.seed

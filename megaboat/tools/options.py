@@ -1,5 +1,6 @@
 """Values of options that several commands take."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -16,3 +17,11 @@ def output_file(text: str) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise BadInput(f"{path}: cannot be written; name another file")
     return path
+
+
+def check_least(arguments: argparse.Namespace, **least: float) -> None:
+    """Raises BadInput for an option that is less than its least value; one that was not given passes."""
+    for name, bound in least.items():
+        value = getattr(arguments, name)
+        if value is not None and not value >= bound:
+            raise BadInput(f"--{name.replace('_', '-')} {value:g}: at least {bound}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megaboat.data.reader import find_inputs
 from megaboat.data.train_tokenizer import KINDS, train_tokenizer
-from megaboat.errors import BadInput
 from megaboat.log import setup_logging
+from megaboat.tools.options import check_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train and print what identifies the result."""
     setup_logging()
-    for option, value in (("vocab-size", args.vocab_size), ("max-lines", args.max_lines)):
-        if value < 1:
-            raise BadInput(f"--{option} {value}: at least 1")
+    check_least(args, vocab_size=1, max_lines=1)
     inputs = find_inputs(args.input)
     tokenizer = train_tokenizer(
         inputs, args.vocab_size, args.out, args.kind, args.max_lines, args.text_key, progress=True
