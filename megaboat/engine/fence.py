@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ OWNER = "owner.json"
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 60.0  # an owner elsewhere that gave no sign for so long is taken for dead
 SQUEUE_SECONDS = 5
+READ_AGAIN_SECONDS = (0.1, 0.4, 1.5, 3.0)  # a network disk that fails to answer once has not lost the file
 
 
 class InUse(BadInput):
@@ -65,7 +67,7 @@ class Fence:
         """Raises Superseded unless the folder is still this process's: before every write that others would read."""
         owner = _read(self._path)
         if owner != self._me:
-            by = _describe(owner) if owner else "nobody: owner.json is gone"
+            by = _describe(owner) if owner else "nobody: owner.json is gone or cannot be read"
             raise Superseded(f"{self._path.parent} belongs to {by}; this attempt stops without writing to it")
 
     def release(self) -> None:
@@ -174,7 +176,11 @@ def _started(pid: int) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+    for pause in READ_AGAIN_SECONDS:
+        try:
+            return json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        except OSError:
+            time.sleep(pause)
+    return None

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,22 @@ def test_the_lost_attempt_finds_out(tmp_path: Path) -> None:
         lost.check()
     lost.release()
     assert (tmp_path / "owner.json").exists(), "it is another's"
+
+
+def test_a_disk_that_does_not_answer_once_is_asked_again(tmp_path: Path) -> None:
+    mine = Fence(tmp_path, {})
+    mine.acquire()
+    path, kept = tmp_path / "owner.json", tmp_path / "kept.json"
+    path.rename(kept)
+    path.symlink_to(path)
+    with pytest.raises(OSError, match="symbolic links"):
+        path.read_text()
+    back = threading.Timer(0.2, kept.replace, (path,))
+    back.start()
+    mine.check()
+    back.join()
+    mine.release()
+    assert not path.exists()
 
 
 def test_an_owner_elsewhere_is_known_by_its_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,19 @@ def test_a_ceiling() -> None:
     assert np.abs(ratios(model, Control(model, BalanceConfig(ceil=0.9)), 5)[2:, 1] - 0.9).max() < 0.02
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budget": 0.3, "floor": 0.1}, "budget 0.3 alone decides the share; leave out floor and ceil"),
+        ({"budget": 0.3, "ceil": 0.5}, "budget 0.3 alone decides the share; leave out floor and ceil"),
+        ({"floor": 0.5, "ceil": 0.5}, "floor 0.5 is not below ceil 0.5"),
+    ],
+)
+def test_shares_that_contradict_each_other(changes: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        BalanceConfig(**changes)
+
+
 def test_off_means_untouched() -> None:
     model = Layers(last_mean=-60.0)
     control = Control(model, BalanceConfig())

@@ -38,7 +38,9 @@ class BalanceConfig(Section):
     counted; None: no valve."""
 
     @pydantic.model_validator(mode="after")
-    def _floor_below_ceil(self) -> "BalanceConfig":
+    def _shares_agree(self) -> "BalanceConfig":
         if self.floor >= self.ceil:
             raise ValueError(f"floor {self.floor:g} is not below ceil {self.ceil:g}")
+        if self.budget is not None and (self.floor > 0 or self.ceil < 1):
+            raise ValueError(f"budget {self.budget:g} alone decides the share; leave out floor and ceil")
         return self
