@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from megaboat.engine.deepspeed import Engine, connect
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         tokens = micro_batch * arguments.length
         with forced(engine.module, tokens, ratio, "random", ranks.device):
             milliseconds, kernels = _profiled(engine, config, ranks)
+    dist.destroy_process_group()
     groups = grouped(kernels, floors(config, ratio, rates))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(table(groups, milliseconds))

@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megaboat.data.config import DataConfig
 from megaboat.engine.deepspeed import Engine, connect
@@ -135,6 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(line(row, rows), flush=True)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    dist.destroy_process_group()
     offs = [row.plan_off for row in rows if row.plan_off is not None]
     print(f"the plan's memory is at worst {max(offs, key=abs, default=0.0):+.1%} off in {len(offs)} rows")
 
@@ -179,7 +181,7 @@ HEADER = (
 
 def line(row: Row, before: Sequence[Row]) -> str:
     """The row as text; its speed over Llama's at the same length where `before` has that."""
-    peers = [other for other in before if other.family == "llama" and other.length == row.length]
+    peers = [other for other in before if (other.family, other.length, other.problem) == ("llama", row.length, "")]
     ratio = f"{row.tokens_per_second / peers[0].tokens_per_second:.2f}" if peers else ""
     active = "" if row.activation is None else f"{row.activation:.3f}"
     off = "" if row.plan_off is None else f"{row.plan_off:+.1%}"
@@ -222,7 +224,9 @@ def _family(name: str, model: Config, length: int, sizes: Sizes, ranks: Ranks) -
         _free()
         if not cases:
             return
-    raise MegaboatError(f"{name} at {length:,} tokens does not fit, even one row with {ways[-1]} recomputed")
+    for case in cases:
+        problem = f"does not fit, even one row with {ways[-1]} recomputed"
+        yield Row(name, length, *case, 1, ways[-1], 0.0, 0.0, 0.0, None, problem)
 
 
 def _rows(name: str, config: RunConfig, cases: Sequence[Case], steps: int, ranks: Ranks) -> Iterator[Row]:

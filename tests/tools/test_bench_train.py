@@ -44,6 +44,20 @@ def measured(ranks: Ranks, limit: int) -> list[Row]:
         bench_train.measure = measure
 
 
+def test_a_row_that_does_not_fit_says_so_and_ends_nothing() -> None:
+    rows = run_on_ranks(measured, 1, 0)[0]
+    assert [(row.family, row.activation, row.mode) for row in rows] == [
+        ("llama", None, "exact"),
+        ("seqboat", 0.25, "exact"),
+        ("seqboat", 0.25, "exact"),
+        ("seqboat", 1.0, "exact"),
+    ]
+    for row in rows:
+        assert line(row, rows).endswith("does not fit, even one row with all recomputed")
+    told = dataclasses.replace(rows[1], problem="", tokens_per_second=1.0)
+    assert "1  0.0%" in line(told, rows), "no ratio to a Llama that did not fit"
+
+
 @pytest.mark.parametrize("limit", [2, 1], ids=["fits", "halved"])
 def test_every_row_is_measured(limit: int) -> None:
     rows = run_on_ranks(measured, 1, limit)[0]
