@@ -28,7 +28,7 @@ OWNER = "owner.json"
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 60.0  # an owner elsewhere that gave no sign for so long is taken for dead
 SQUEUE_SECONDS = 5
-READ_AGAIN_SECONDS = (0.1, 0.4, 1.5, 3.0)  # a network disk that fails to answer once has not lost the file
+READ_AFTER_SECONDS = (0, 0.1, 0.4, 1.5, 3)  # a network disk that fails to answer once has not lost the file
 
 
 class InUse(BadInput):
@@ -176,11 +176,12 @@ def _started(pid: int) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    for pause in READ_AGAIN_SECONDS:
+    for pause in READ_AFTER_SECONDS:
+        time.sleep(pause)
         try:
             return json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             return None
         except OSError:
-            time.sleep(pause)
+            continue
     return None

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check, profile, print."""
     if not 0 <= arguments.ratio <= 1:
         raise BadInput(f"--ratio {arguments.ratio:g}: a share of tokens, from 0 to 1")
-    check_least(arguments, length=1)
+    check_least(arguments, length=1, micro_batch=1)
     if not torch.cuda.is_available():
         raise BadInput("bench profile needs a CUDA device")
     sizes, ranks = Sizes(), this_process()

@@ -3,8 +3,9 @@
 Whole steps of the real engine: forward, backward, clipping, AdamW. SeqBoat's activation is forced: `random` activates
 each token by itself with the given probability, `runs` in stretches of 64 tokens on average. A micro-batch that does
 not fit is halved, and where not even one row fits, activations are recomputed, first those that a pass over memory
-gives again, then all; the table says so. Every row is measured, none is extrapolated. Small models are first compared
-with the equations in fp64 on the same device, in every mode; if one is wrong nothing is timed.
+gives again, then all; the table says so, and what does not fit even then. Every row is measured, none is extrapolated.
+Small models are first compared with the equations in fp64 on the same device, in every mode; if one is wrong nothing is
+timed.
 
 Modes: exact waits once a layer for the number of active rows; capacity has a fixed number, 5 % above the busiest
 layer's, and waits for nothing; full has rows for every token, active or not; graph is capacity with forward and
@@ -93,11 +94,11 @@ class Row:
     micro_batch: int
     recomputed: str
     """One of RECOMPUTED."""
-    tokens_per_second: float
-    spread: float
+    tokens_per_second: float = 0.0
+    spread: float = 0.0
     """Half the distance between the slowest and the fastest step, over the median."""
-    peak_gib: float
-    mfu: float | None
+    peak_gib: float = 0.0
+    mfu: float | None = None
     """Useful work, activated rows only, over the device's peak; None where that is unknown."""
     problem: str = ""
     """Why there are no figures."""
@@ -225,8 +226,7 @@ def _family(name: str, model: Config, length: int, sizes: Sizes, ranks: Ranks) -
         if not cases:
             return
     for case in cases:
-        problem = f"does not fit, even one row with {ways[-1]} recomputed"
-        yield Row(name, length, *case, 1, ways[-1], 0.0, 0.0, 0.0, None, problem)
+        yield Row(name, length, *case, 1, ways[-1], problem=f"does not fit, even one row with {ways[-1]} recomputed")
 
 
 def _rows(name: str, config: RunConfig, cases: Sequence[Case], steps: int, ranks: Ranks) -> Iterator[Row]:
@@ -284,7 +284,7 @@ def measure(name: str, engine: Engine, config: RunConfig, case: Case, steps: int
             except (torch.OutOfMemoryError, MegaboatError):
                 raise
             except Exception as error:  # whatever a kernel's library raises
-                return Row(*what, 0.0, 0.0, 0.0, None, f"not captured: {str(error).strip().splitlines()[0]:.200}")
+                return Row(*what, problem=f"not captured: {str(error).strip().splitlines()[0]:.200}")
         seconds, flops, activation = _timed(engine, config, ranks, steps, step)
     median = statistics.median(seconds)
     peak, held = peak_flops(ranks.device), torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0

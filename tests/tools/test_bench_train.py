@@ -130,6 +130,7 @@ def test_runs_have_the_ratio_and_the_length_that_they_say() -> None:
         ("profile", "bench profile needs a CUDA device"),
         ("profile --ratio 25", "--ratio 25: a share of tokens, from 0 to 1"),
         ("profile --length 0", "--length 0: at least 1"),
+        ("profile --micro-batch -1", "--micro-batch -1: at least 1"),
     ],
 )
 def test_refuses_in_one_line(

@@ -22,7 +22,8 @@ class BalanceConfig(Section):
     trace_every: int = pydantic.Field(100, ge=0)
     """Steps between lines of `trace.jsonl`, which `megaboat balance simulate` replays; 0: none."""
     budget: Share | None = None
-    """Share of tokens that each layer activates, held by moving its threshold; None: what the model learns."""
+    """Share of tokens that each layer activates, held by moving its threshold, instead of `floor` and `ceil`;
+    None: what the model learns."""
     floor: float = pydantic.Field(0.0, ge=0, lt=1)
     """Smallest share: the threshold of a layer below it is lowered until the layer is back. 0: layers may die."""
     ceil: float = pydantic.Field(1.0, gt=0, le=1)
