@@ -81,7 +81,9 @@ def _find(x: Tensor) -> Recipe | None:
 def _pack(x: Tensor) -> Tensor | tuple[Recipe, torch.Size]:
     recipe = _find(x)
     if recipe is None:
-        return x
+        # A function's own result would hold that function, which holds what it saved: for ever, where no backward pass
+        # follows, as when memory runs out. A parameter stays itself: ZeRO-3 takes its data away and brings it back.
+        return x if x.is_leaf else x.detach()
     recipe.savers += 1
     return recipe, x.shape
 

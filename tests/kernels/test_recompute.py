@@ -51,6 +51,26 @@ def test_less_is_kept() -> None:
     assert kept == [2 * x.nbytes, x.nbytes], "x @ weight, with its SiLU or without"
 
 
+class Doubled(torch.autograd.Function):
+    """Saves its own result, as flash attention does."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        out = 2 * x
+        ctx.save_for_backward(out)
+        return out
+
+
+def test_nothing_is_kept_of_a_forward_pass_that_no_backward_pass_follows() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    with LiveBytes() as live, recompute.elementwise():
+        out = Doubled.apply(silu(x)).sum()
+        assert live.now > x.nbytes
+        del out
+        gc.collect()
+        assert live.now == 0
+
+
 def test_a_result_is_made_once_for_all_who_saved_it_and_then_dropped() -> None:
     made = []
 
